@@ -1,0 +1,1 @@
+"""The Ray executor of the stages of moe_compress."""

@@ -1,0 +1,1 @@
+"""What a person runs: the moe-compress command and its siblings."""

@@ -1,0 +1,1 @@
+"""Text to token batches, and the statistics that calibration gathers from them."""

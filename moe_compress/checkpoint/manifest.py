@@ -1,0 +1,119 @@
+"""The provenance manifest: what a compressed checkpoint was made from, how, and its files' hashes.
+
+It holds no time and no absolute path, so the same job writes the same bytes anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import CheckpointError
+from .shard import sha256_files
+from .writer import ShardInfo, atomic_write
+
+MANIFEST_NAME = "moe_compress.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Record):
+    """The original checkpoint."""
+
+    name: str
+    digest: str
+
+
+class FileRecord(_Record):
+    """One file as it was published."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Record):
+    """moe_compress.json.
+
+    tool_version: version of this package.
+    recipe: the resolved recipe.
+    layers: layer name -> what was done to it: kept and merged ids, ranks.
+    parameters: parameter counts, such as {"original": ..., "compressed": ...}.
+    files: every other file of the checkpoint, by name.
+    """
+
+    format_version: Literal[1] = 1
+    tool_version: str
+    source: Source
+    recipe: dict[str, Any]
+    layers: dict[str, dict[str, Any]]
+    parameters: dict[str, int]
+    files: dict[str, FileRecord]
+
+    def save(self, folder: Path) -> None:
+        """Writes the manifest into a checkpoint folder: sorted keys, the same bytes every time."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True)
+        atomic_write(folder / MANIFEST_NAME, text + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Reads the manifest of a checkpoint folder.
+
+        Raises CheckpointError if there is none or it is not one this version understands.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(
+                f"manifest {path}: cannot be read ({error.strerror}); every compressed checkpoint "
+                "carries one; copy the whole folder"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "the file"
+            raise CheckpointError(
+                f"manifest {path}: {field}: {first['msg']}; it must be as it was written; copy the "
+                "folder again, or update moe-compress if a newer version made it"
+            ) from error
+
+
+def file_records(folder: Path, shards: Iterable[ShardInfo] = ()) -> dict[str, FileRecord]:
+    """Records every file in a folder but the manifest; `shards` are known and not read again."""
+    records = {shard.file_name: FileRecord(bytes=shard.file_bytes, sha256=shard.sha256) for shard in shards}
+    others = [
+        path for path in folder.iterdir() if path.is_file() and path.name not in records and path.name != MANIFEST_NAME
+    ]
+    for path, sha256 in sha256_files(others).items():
+        records[path.name] = FileRecord(bytes=path.stat().st_size, sha256=sha256)
+    return dict(sorted(records.items()))
+
+
+def verify(folder: Path) -> list[str]:
+    """Checks each file of a compressed checkpoint against its manifest; returns the problems.
+
+    Raises CheckpointError if the manifest itself cannot be read.
+    """
+    problems: dict[str, str] = {}
+    to_hash: list[Path] = []
+    files = Manifest.load(folder).files
+    for name, record in files.items():
+        path = folder / name
+        if re.search(r"[/\\]", name) or name == "..":
+            problems[name] = "is not a plain file name"
+        elif not path.is_file():
+            problems[name] = "is missing"
+        elif path.stat().st_size != record.bytes:
+            problems[name] = f"has {path.stat().st_size} bytes, not {record.bytes}"
+        else:
+            to_hash.append(path)
+    for path, sha256 in sha256_files(to_hash).items():
+        if sha256 != files[path.name].sha256:
+            problems[path.name] = f"has sha256 {sha256}, not {files[path.name].sha256}"
+    return [f"{name}: {problem}" for name, problem in sorted(problems.items())]

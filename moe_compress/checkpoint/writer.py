@@ -1,0 +1,262 @@
+"""Safetensors checkpoints, written one tensor at a time and published all at once.
+
+Every file is written under a temporary name, flushed to disk and renamed, so a name that exists
+holds a whole file. A checkpoint is assembled in a staging folder beside the output and appears
+under its own name with one rename: whoever looks sees all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+import torch
+
+from ..errors import CompressionError
+from .shard import BLOCK_BYTES, TORCH_DTYPES, TensorEntry, read_shard, sha256_files
+
+INDEX_NAME = "model.safetensors.index.json"
+PARTIAL_SUFFIX = ".partial"
+PYTORCH_METADATA = {"format": "pt"}  # transformers refuses a shard that does not say so
+
+_DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "LICEN[CS]E*",
+    "NOTICE*",
+)
+_NEVER_COPIED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.safetensors", "*.py")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One written shard, as the index and the manifest need it."""
+
+    file_name: str
+    file_bytes: int
+    tensor_bytes: int
+    sha256: str  # of the whole file
+    tensor_names: tuple[str, ...]  # in file order
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Replaces `path` by `data` (text as UTF-8): afterwards it is on disk, before it is untouched.
+
+    Raises CompressionError if it cannot be written.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    with _replacing(path, len(raw)) as file:
+        file.write(raw)
+
+
+def write_shard(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor | TensorEntry],
+    metadata: Mapping[str, str] = PYTORCH_METADATA,
+) -> ShardInfo:
+    """Writes one safetensors file; the same tensors give the same bytes.
+
+    tensors: name -> tensor of any device and layout, or an entry of another checkpoint, whose bytes
+    are copied unread. Widest dtype first, then by name, as the format asks for alignment.
+    Holds one tensor at a time beyond what the caller holds.
+
+    Raises CompressionError for NaN or infinity, a dtype the format lacks or a full disk: the file
+    then does not exist, or is still the old one.
+    """
+    names = sorted(tensors, key=lambda name: (-_torch_dtype(tensors[name]).itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    tensor_bytes = 0
+    for name in names:
+        dtype, shape = _torch_dtype(tensors[name]), list(tensors[name].shape)
+        if dtype not in _DTYPE_CODES:
+            raise CompressionError(
+                f"tensor {name}: dtype {dtype} has no place in {path.name}; the format knows "
+                f"{', '.join(TORCH_DTYPES)}; cast it to one of them"
+            )
+        end = tensor_bytes + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_CODES[dtype],
+            "shape": shape,
+            "data_offsets": [tensor_bytes, end],
+        }
+        tensor_bytes = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file_bytes = 8 + len(text) + tensor_bytes
+    digest = hashlib.sha256()
+    with _replacing(path, file_bytes) as file:
+        for block in _stream(len(text).to_bytes(8, "little") + text, names, tensors):
+            digest.update(block)
+            file.write(block)
+    return ShardInfo(path.name, file_bytes, tensor_bytes, digest.hexdigest(), tuple(names))
+
+
+def describe_shard(path: Path) -> ShardInfo:
+    """The ShardInfo of a shard that is already there, linked or left by an earlier run."""
+    entries = read_shard(path)
+    tensor_bytes = sum(entry.num_bytes for entry in entries.values())
+    sha256 = sha256_files([path])[path]
+    return ShardInfo(path.name, path.stat().st_size, tensor_bytes, sha256, tuple(entries))
+
+
+def save_index(folder: Path, shards: Iterable[ShardInfo]) -> None:
+    """Writes the index: which shard holds which tensor, and the bytes of all tensors."""
+    shards = list(shards)
+    weight_map = {name: shard.file_name for shard in shards for name in shard.tensor_names}
+    total_bytes = sum(shard.tensor_bytes for shard in shards)
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    atomic_write(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def fresh_staging(output: Path) -> Path:
+    """Makes the empty staging folder of `output`, beside it; what a killed run left is removed."""
+    staging = output.parent / f".{output.name}{PARTIAL_SUFFIX}"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(staging: Path, output: Path) -> None:
+    """Makes the staged checkpoint appear as `output` with one rename.
+
+    Raises CompressionError if `output` is anything but absent or an empty folder; the staging
+    folder is then still there.
+    """
+    for leftover in staging.glob(f".*{PARTIAL_SUFFIX}"):  # of a worker killed while writing
+        leftover.unlink()
+    _fsync_folder(staging)
+    try:
+        os.rename(staging, output)
+    except OSError as error:
+        raise CompressionError(
+            f"output {output}: cannot be published ({error.strerror}); it must not exist or be an "
+            "empty folder; remove it or choose another output"
+        ) from error
+    _fsync_folder(output.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` the same bytes as `source`, replacing it: a hard link where the disk allows.
+
+    Raises CompressionError if it cannot be copied either.
+    """
+    real = source.resolve()  # a link to a symlink would point nowhere once published
+    try:
+        target.unlink(missing_ok=True)
+        os.link(real, target)
+    except OSError:
+        with real.open("rb") as reading, _replacing(target, real.stat().st_size) as writing:
+            shutil.copyfileobj(reading, writing, BLOCK_BYTES)
+
+
+def copy_side_files(source_folder: Path, staging: Path) -> list[str]:
+    """Copies what a checkpoint needs beside weights and config; returns the names, sorted.
+
+    Tokenizer, generation and processor settings, chat templates, licence. Never weights, code,
+    config.json or the README.
+    """
+    names = sorted(
+        file.name
+        for file in source_folder.iterdir()
+        if any(fnmatchcase(file.name, pattern) for pattern in _SIDE_FILES)
+        and not any(fnmatchcase(file.name, pattern) for pattern in _NEVER_COPIED)
+        and file.is_file()
+    )
+    for name in names:
+        atomic_write(staging / name, (source_folder / name).read_bytes())
+    return names
+
+
+def _torch_dtype(tensor: torch.Tensor | TensorEntry) -> torch.dtype:
+    return tensor.dtype if isinstance(tensor, torch.Tensor) else tensor.torch_dtype
+
+
+def _stream(
+    header: bytes, names: list[str], tensors: Mapping[str, torch.Tensor | TensorEntry]
+) -> Iterator[bytes | memoryview]:
+    yield header
+    for name in names:
+        tensor = tensors[name]
+        if isinstance(tensor, torch.Tensor):
+            yield from _tensor_blocks(name, tensor)
+        else:
+            yield from tensor.blocks()
+
+
+def _tensor_blocks(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
+    # Not reshape(-1): torch calls any stride contiguous for one element, but then refuses the view.
+    flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    block_elements = BLOCK_BYTES // flat.dtype.itemsize
+    for begin in range(0, flat.numel(), block_elements):
+        block = flat[begin : begin + block_elements]
+        if block.is_floating_point() and not _all_finite(block):
+            raise CompressionError(
+                f"tensor {name}: holds NaN or infinity; only finite weights are written; check the "
+                "calibration statistics and the dtype of its layer"
+            )
+        yield block.view(torch.uint8).numpy().data
+
+
+def _all_finite(block: torch.Tensor) -> bool:
+    if block.dtype.itemsize == 1:  # torch reduces no 8-bit floats
+        block = block.float()
+    # NaN wins both reductions: this is isfinite().all() without its temporaries, 10 times faster.
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(block))
+
+
+@contextmanager
+def _replacing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` when the block ends well, and else leaves no trace."""
+    # A name of its own: a retried worker may write beside one that is thought dead.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync_folder(path.parent)
+    except OSError as error:
+        free_bytes = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise CompressionError(
+            f"{path}: cannot be written ({error.strerror}); it needs {num_bytes} bytes and "
+            f"{free_bytes} are free in {path.parent}; free space or choose another folder"
+        ) from error
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut, as fsync does a file's bytes."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

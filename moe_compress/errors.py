@@ -1,0 +1,29 @@
+"""The errors a person can meet. Each message is one line: what, its value, the rule, the fix."""
+
+from __future__ import annotations
+
+
+class MoECompressError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class RecipeError(MoECompressError):
+    """The recipe, or what it points at, cannot be run: refused before any tensor is read."""
+
+    exit_code = 2
+
+
+class CheckpointError(MoECompressError):
+    """The input checkpoint is not a readable safetensors MoE checkpoint."""
+
+    exit_code = 2
+
+
+class CalibrationError(MoECompressError):
+    """Statistics could not be gathered: a NaN in the activations, a worker lost for good."""
+
+
+class CompressionError(MoECompressError):
+    """A layer could not be compressed or written: singular beyond repair, disk full."""

@@ -1,0 +1,1 @@
+"""How good a compressed checkpoint is: perplexity, and agreement with the original."""

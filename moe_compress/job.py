@@ -1,0 +1,89 @@
+"""The job folder: what is done, what it was made from, who works on it.
+
+Artifacts lie in folders named after the digest of everything they were made from (`statistics-1f3a...`): what exists
+there is valid, whatever killed the run that made it, because every file is written under a temporary name, flushed
+and renamed. A rerun skips it; a changed recipe looks in another folder. Jobs of several methods and ratios over one
+checkpoint and text share a folder and, through the digests, the calibration.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.writer import atomic_write
+from .errors import RecipeError
+from .recipe import Recipe
+
+FORMAT = 1
+"""Part of every digest: raised when a change of the code changes what an artifact means."""
+
+
+def digest_of(*parts: Any) -> str:
+    """Short hex digest of plain data."""
+    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Job:
+    """A job folder, locked by this process while the context is open.
+
+    Args:
+        recipe: the resolved recipe; it is written into the folder.
+
+    Attributes:
+        folder: the job folder.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.folder = recipe.job_path
+
+    @contextmanager
+    def locked(self) -> Iterator[Job]:
+        """Holds the folder's lock. The kernel gives it back when the process dies, however it dies.
+
+        Raises:
+            RecipeError: another job works on the folder, or it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / "lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise RecipeError(
+                f"job_dir: {self.folder} cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise RecipeError(
+                    f"job_dir: {self.folder} is in use by process {lock.read().strip() or '?'}; wait for it"
+                    " or give this job its own job_dir"
+                ) from None
+            lock.seek(0)
+            lock.truncate()
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            atomic_write(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            yield self
+
+    def place(self, kind: str, *made_from: Any) -> Path:
+        """The folder of one kind of artifact made from these things; it is created."""
+        folder = self.folder / f"{kind}-{digest_of(kind, *made_from)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Appends one line to events.jsonl."""
+        record = {"time_s": round(time.time(), 3), "event": name, **fields}
+        with open(self.folder / "events.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")

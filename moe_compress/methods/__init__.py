@@ -1,0 +1,1 @@
+"""One file a method: expert weights, statistics and a budget in, compressed experts out."""

@@ -1,0 +1,205 @@
+"""The nn.Module of factorised experts.
+
+Shapes: E experts, T tokens, S = T * top_k routed pairs, M and N rows and columns of a projection, R the sum of the
+ranks of all experts. A *slot* is one factorised projection:
+
+    W_e = base + U_e V_e       rank_e >= 0: rows of the packed `u` (R, M) and `v` (R, N), U_e = u[rows].T
+    W_e = dense[k]             rank_e = DENSE: cheaper than factors beyond the break-even rank M N / (M + N)
+
+Slots are `gate_up` (rows [gate; up], one factorisation), or `gate` and `up` apart, or `up` where there is no gate,
+and `down`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DENSE: Final = -1
+"""In a list of ranks: this expert keeps its whole matrix."""
+
+GUARD_NAME: Final = "down_v"
+GUARD_DISK_NAME: Final = "down_proj"
+"""`down_v` lies on disk under the stock name, so that stock code stops at its shape (see plugin.py)."""
+
+
+class FactorisedSlot:
+    """Names and shapes of the tensors of one slot; the tensors themselves are parameters of the experts module.
+
+    Args:
+        name: slot name.
+        num_rows: M, output features.
+        num_columns: N, input features.
+        ranks: one an expert, DENSE for a whole matrix.
+        base: the experts of the slot share a base matrix.
+    """
+
+    def __init__(self, name: str, num_rows: int, num_columns: int, ranks: list[int], base: bool) -> None:
+        self.name, self.num_rows, self.num_columns = name, num_rows, num_columns
+        self.ranks, self.has_base = list(ranks), base
+        self.offsets = [0]
+        for rank in self.ranks:
+            self.offsets.append(self.offsets[-1] + max(rank, 0))
+        dense = [e for e, rank in enumerate(self.ranks) if rank == DENSE]
+        self.dense_index = {e: k for k, e in enumerate(dense)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of the slot, by its parameter name."""
+        total, rows, columns = self.offsets[-1], self.num_rows, self.num_columns
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{self.name}_u": (total, rows),
+            f"{self.name}_v": (total, columns),
+        }
+        if self.dense_index:
+            shapes[f"{self.name}_dense"] = (len(self.dense_index), rows, columns)
+        if self.has_base:
+            shapes[f"{self.name}_base"] = (rows, columns)
+        return shapes
+
+
+def slots_of(spec: dict[str, Any], num_rows_up: int, hidden_size: int, inner: int) -> list[FactorisedSlot]:
+    """The slots of a layer's specification `{slot: {"ranks": [...], "base": bool}}`, first projections first."""
+    shapes = {
+        "gate_up": (num_rows_up, hidden_size),
+        "gate": (inner, hidden_size),
+        "up": (inner, hidden_size),
+        "down": (hidden_size, inner),
+    }
+    return [
+        FactorisedSlot(name, *shapes[name], spec[name]["ranks"], bool(spec[name].get("base")))
+        for name in shapes
+        if name in spec
+    ]
+
+
+class FactorisedExperts(nn.Module):
+    """Experts of a layer, factorised; called by the model's own MoE block like the stock module.
+
+    Everything that is not one of the two projections (activation, clamps, biases, post-expert norm) is the stock
+    module's own, taken over from `template`.
+
+    Args:
+        template: the model's own experts module, on any device; its projections are not used.
+        spec: the layer's entry of `quantization_config.layers`.
+    """
+
+    def __init__(self, template: nn.Module, spec: dict[str, Any]) -> None:
+        super().__init__()
+        own = set(vars(self))
+        self.__dict__.update({k: v for k, v in vars(template).items() if k not in own})
+        self._template_class = type(template)
+        down: Tensor = template.down_proj  # type: ignore[assignment]
+        up_name = "gate_up_proj" if template.has_gate else "up_proj"
+        hidden, inner = down.shape[1:] if not template.is_transposed else down.shape[:0:-1]
+        for name, child in template.named_children():
+            self.add_module(name, child)
+        for name, parameter in template.named_parameters(recurse=False):
+            if name not in ("down_proj", up_name):
+                self.register_parameter(name, parameter)
+        self.slots = slots_of(spec, inner * (2 if template.has_gate else 1), hidden, inner)
+        for slot in self.slots:
+            for name, shape in slot.shapes().items():
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=down.dtype, device=down.device)))
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return self._template_class._apply_gate(self, gate_up)  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        Args:
+            hidden_states: (T, hidden_size).
+            top_k_index: (T, top_k) int64 expert ids.
+            top_k_weights: (T, top_k) router weights.
+
+        Returns:
+            (T, hidden_size), dtype of `hidden_states`.
+        """
+        num_tokens, top_k = top_k_index.shape
+        ids_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
+        token_S = order_S // top_k
+        counts = torch.bincount(ids_S, minlength=self.num_experts)[: self.num_experts].tolist()
+        inner_SF = self._activate(self._first(hidden_states, token_S, counts), ids_S)
+        out_SD = self._slot(self.slots[-1], inner_SF, inner_SF, None, counts)
+        if self.has_bias:
+            out_SD = out_SD + self.down_proj_bias[ids_S]
+        if self.has_post_expert_norm:
+            out_SD = self.post_expert_norm(out_SD)
+        out_SD = out_SD * top_k_weights.reshape(-1)[order_S, None]
+        place_S = torch.empty_like(order_S)
+        place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+        mixed = out_SD[place_S].view(num_tokens, top_k, -1).sum(dim=1)
+        return mixed.to(hidden_states.dtype)
+
+    def _first(self, hidden_TD: Tensor, token_S: Tensor, counts: list[int]) -> Tensor:
+        """(S, M) outputs of gate and up, rows sorted by expert."""
+        routed_SD = hidden_TD[token_S]
+        return torch.cat(
+            [self._slot(slot, routed_SD, hidden_TD, token_S, counts) for slot in self.slots[:-1]],
+            dim=-1,
+        )
+
+    def _activate(self, up_SM: Tensor, ids_S: Tensor) -> Tensor:
+        """Bias, gate and activation, in the layout that the stock module's `_apply_gate` reads."""
+        if self.has_gate and not self.is_concatenated:
+            up_SM = torch.stack(up_SM.chunk(2, dim=-1), dim=-1).flatten(-2)
+        if self.has_bias:
+            up_SM = up_SM + (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias)[ids_S]
+        return self._apply_gate(up_SM) if self.has_gate else self.act_fn(up_SM)
+
+    def _slot(
+        self,
+        slot: FactorisedSlot,
+        routed_SN: Tensor,
+        shared_TN: Tensor,
+        token_S: Tensor | None,
+        counts: list[int],
+    ) -> Tensor:
+        """(S, M): one projection of every routed token by its expert.
+
+        The base of the first projections is applied once a token (`shared_TN`), not once a routed pair.
+        """
+        u, v = getattr(self, f"{slot.name}_u"), getattr(self, f"{slot.name}_v")
+        dense = getattr(self, f"{slot.name}_dense", None)
+        based_SM = None
+        if slot.has_base:
+            based_SM = F.linear(shared_TN, getattr(self, f"{slot.name}_base"))
+            based_SM = based_SM if token_S is None else based_SM[token_S]
+        parts, start = [], 0
+        for expert, count in enumerate(counts):
+            if count == 0:
+                continue
+            x, stop = routed_SN[start : start + count], start + count
+            if expert in slot.dense_index:
+                assert dense is not None
+                y = F.linear(x, dense[slot.dense_index[expert]])
+            else:
+                rows = slice(slot.offsets[expert], slot.offsets[expert + 1])
+                y = F.linear(x, v[rows]) @ u[rows]
+                if based_SM is not None:
+                    y = y + based_SM[start:stop]
+            parts.append(y)
+            start = stop
+        return torch.cat(parts) if parts else routed_SN.new_zeros(0, slot.num_rows)
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        """Every slot's experts as whole matrices, (E, M, N) in the slot's order of rows."""
+        out = {}
+        for slot in self.slots:
+            u, v = getattr(self, f"{slot.name}_u"), getattr(self, f"{slot.name}_v")
+            base = getattr(self, f"{slot.name}_base", None)
+            dense = getattr(self, f"{slot.name}_dense", None)
+            weights = []
+            for expert, rank in enumerate(slot.ranks):
+                if rank == DENSE:
+                    assert dense is not None
+                    weights.append(dense[slot.dense_index[expert]])
+                    continue
+                rows = slice(slot.offsets[expert], slot.offsets[expert + 1])
+                weight = u[rows].T @ v[rows]
+                weights.append(weight if base is None else weight + base)
+            out[slot.name] = torch.stack(weights)
+        return out

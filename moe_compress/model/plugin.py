@@ -1,0 +1,130 @@
+"""Makes compressed checkpoints load with the stock `from_pretrained` after `import moe_compress`.
+
+A compressed checkpoint names itself in `config.json` through `quantization_config.quant_method`, the door that
+transformers leaves open for third parties: our quantizer swaps the experts modules while the model is still on the
+meta device, and the stock loader fills them.
+
+Without this plugin the same files must not load with random experts. So the packed right factors of the
+down projection lie on disk under the stock name `down_proj`, in a shape that no stock module has: transformers
+stops with a size mismatch. `update_weight_conversions` gives them their own name in memory, and back on saving.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError
+from .experts import GUARD_DISK_NAME, GUARD_NAME, FactorisedExperts
+
+METHOD = "moe_compress"
+FORMAT_VERSION = 1
+
+
+def guard_renaming(path: str) -> WeightRenaming:
+    """Leads the guard tensor of the experts module at `path` from its name on disk to its own."""
+    return WeightRenaming(re.escape(f"{path}.{GUARD_DISK_NAME}"), re.escape(f"{path}.{GUARD_NAME}"))
+
+
+@register_quantization_config(METHOD)
+class MoECompressConfig(QuantizationConfigMixin):
+    """What `config.json` says of a compressed checkpoint.
+
+    Args:
+        layers: path of each compressed experts module -> its specification (see `FactorisedExperts`).
+        format_version: of this description; a newer one than ours is refused.
+    """
+
+    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, format_version: int = 1, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.layers = layers or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `config.json`."""
+        return {
+            "quant_method": METHOD,
+            "format_version": self.format_version,
+            "layers": self.layers,
+        }
+
+
+@register_quantizer(METHOD)
+class MoECompressQuantizer(HfQuantizer):
+    """Swaps experts modules for compressed ones before the weights are loaded."""
+
+    requires_calibration = True
+    quantization_config: MoECompressConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses a format that a later version of this package wrote."""
+        version = self.quantization_config.format_version
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config.format_version {version} is newer than {FORMAT_VERSION}, the newest"
+                " this moe-compress reads; upgrade moe-compress"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for path, spec in self._layers(model).items():
+            parent, _, name = path.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, name, FactorisedExperts(getattr(owner, name), spec))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for path in self._layers(model):
+            for name, tensor in model.get_submodule(path).named_parameters(recurse=False):
+                # transformers only reports missing tensors and leaves them uninitialised
+                if not getattr(tensor, "_is_hf_initialized", False):
+                    raise CheckpointError(f"compressed checkpoint lacks {path}.{name}; it is incomplete")
+        # The experts are ordinary floating point: .half(), .float() and training must keep working.
+        model.is_quantized = False
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        """Adds the renaming of the guard tensor of each compressed layer."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return conversions + [guard_renaming(path) for path in self._layers(model)]
+
+    def _layers(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """The compressed layers by their paths in `model`, which may be the base model without its head."""
+        prefix = getattr(model, "base_model_prefix", "") + "."
+        names = {name for name, _ in model.named_modules()}
+        found = {}
+        for path, spec in self.quantization_config.layers.items():
+            candidates = (path, path.removeprefix(prefix), prefix + path)
+            here = next((c for c in candidates if c in names), None)
+            if here is None:
+                raise CheckpointError(f"config.json compresses '{path}', which this model class lacks")
+            found[here] = spec
+        return found
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the compressed form."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Lets `Trainer` accept the model without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Nothing here prevents `torch.compile`."""
+        return True

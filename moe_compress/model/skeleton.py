@@ -1,0 +1,348 @@
+"""A model of transformers on the meta device, and the way from its tensors to the bytes of its checkpoint.
+
+Every private part of transformers that we depend on for reading is used in this file: the key conversions, and the
+function that turns checkpoint tensors into parameters. Both are what `from_pretrained` itself runs, so that a layer
+loaded here holds exactly what `from_pretrained` would have put there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import LoadStateDictConfig, local_torch_dtype
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils import logging as hf_logging
+
+from ..checkpoint.reader import CheckpointReader
+from ..errors import CheckpointError, CompressionError
+from .discovery import MoELayer, find_moe_layers
+from .experts import GUARD_DISK_NAME, GUARD_NAME
+from .plugin import METHOD, guard_renaming
+
+ROOT = ""
+"""Owner of every tensor that belongs to no decoder layer: embeddings, final norm, head."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the loading bars of transformers: a layer is loaded hundreds of times in a job."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+class Skeleton:
+    """The model of a checkpoint with no weights in it; `load` and `drop` bring single layers in and out.
+
+    Args:
+        reader: the checkpoint.
+        dtype: dtype to compute in; None for the checkpoint's own.
+        device: where loaded layers are put.
+
+    Attributes:
+        model: the stock model class on the meta device, in eval mode, nothing requires grad.
+        layers: outermost decoder (or encoder) layers by name, in module order.
+        targets: in-memory tensor name -> the names of the checkpoint tensors it is made of.
+        extra: checkpoint tensors the model class has no place for (multi-token-prediction heads ...); they are
+            copied through.
+
+    Raises:
+        CheckpointError: the architecture is unknown, or a tensor is missing or has the wrong size.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.reader = reader
+        self.device = torch.device(device)
+        config = _load_config(reader)
+        source_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
+        self.dtype = dtype or source_dtype or _majority_dtype(reader)
+        self.quantizer = None
+        if getattr(config, "quantization_config", None) is not None:
+            self.quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
+        model_class = _model_class(config)
+        with torch.device("meta"), local_torch_dtype(self.dtype, model_class.__name__):
+            self.model: PreTrainedModel = model_class(config)
+        if self.quantizer is not None:
+            self.quantizer.preprocess_model(model=self.model, dtype=self.dtype, device_map=None)
+        self.model.eval().requires_grad_(False)
+        for module in self.model.modules():
+            if getattr(getattr(module, "config", None), "output_router_logits", False):
+                module.config.output_router_logits = False  # a training loss; it needs every layer's logits
+        self.layers = dict(_outermost_layers(self.model))
+        self.targets, self.extra = self._map_tensors()
+        self._dtype_plan = self.model._get_dtype_plan(self.dtype)
+
+    # --- what is where -------------------------------------------------------------------------------------
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers whose tensors the checkpoint really holds, in module order."""
+        return [layer for layer in find_moe_layers(self.model) if self.owner(layer.path) != ROOT]
+
+    def owner(self, name: str) -> str:
+        """The decoder layer that the in-memory tensor or module `name` belongs to, or ROOT."""
+        for layer in self.layers:
+            if name.startswith(layer + "."):
+                return layer
+        return ROOT
+
+    def source_names(self, module_path: str) -> list[str]:
+        """Checkpoint tensors that make up the parameters of one module."""
+        prefix = module_path + "."
+        return [source for target, sources in self.targets.items() if target.startswith(prefix) for source in sources]
+
+    def disk_names(self, layer: MoELayer, parameters: list[str]) -> dict[str, str]:
+        """Names on disk that `from_pretrained` will lead to new parameters of an experts module.
+
+        Args:
+            layer: the layer whose experts are replaced.
+            parameters: names inside the module that replaces them.
+
+        Raises:
+            CompressionError: the model's key conversions would catch every name we could give.
+        """
+        renamings, converters = self._conversions()
+        renamings = [*renamings, guard_renaming(layer.path)]
+        ours = {f"{layer.path}.{name}": name for name in parameters}
+        state = dict.fromkeys(self.model.state_dict(), True) | dict.fromkeys(ours, True)
+        leaf = layer.path.rpartition(".")[2]
+        stem = self.targets[layer.owned[1]][0].partition(f".{leaf}.")[0]
+        found = {}
+        for target, name in ours.items():
+            written = GUARD_DISK_NAME if name == GUARD_NAME else name
+            candidates = [f"{layer.path}.{written}", f"{stem}.{leaf}.{written}"]
+            for candidate in candidates:
+                prefix = self.model.base_model_prefix
+                if rename_source_key(candidate, renamings, converters, prefix, state)[0] == target:
+                    found[name] = candidate
+                    break
+            else:
+                raise CompressionError(f"{target}: transformers' key conversions leave no name on disk for it")
+        return found
+
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        mapping = get_model_conversion_mapping(self.model, None, self.quantizer)
+        return (
+            [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+            [entry for entry in mapping if isinstance(entry, WeightConverter)],
+        )
+
+    def _map_tensors(self) -> tuple[dict[str, list[str]], list[str]]:
+        state = self.model.state_dict()
+        renamings, converters = self._conversions()
+        by_pattern = {p: c for c in converters for p in c.source_patterns}
+        prefix = self.model.base_model_prefix
+        targets: dict[str, list[str]] = defaultdict(list)
+        split: set[str] = set()
+        extra: list[str] = []
+        for source in self.reader.entries:
+            target, pattern = rename_source_key(source, renamings, converters, prefix, state)
+            if target not in state and source in state:
+                target, pattern = rename_source_key(source, [], [], prefix, state)
+            if target not in state:
+                extra.append(source)
+                continue
+            targets[target].append(source)
+            if pattern is not None and len(by_pattern[pattern].target_patterns) > 1:
+                split.add(target)
+        self._check_sizes(targets, split, state)
+        return dict(targets), extra
+
+    def _check_sizes(
+        self,
+        targets: dict[str, list[str]],
+        split: set[str],
+        state: dict[str, torch.Tensor],
+    ) -> None:
+        """Every tensor of the model is there and made of as many elements as the config says."""
+        tied = set(self.model.all_tied_weights_keys)
+        optional = [re.compile(p) for p in (getattr(self.model, "_keys_to_ignore_on_load_missing", None) or [])]
+        for name, tensor in state.items():
+            sources = targets.get(name)
+            if sources is None:
+                if split or name in tied or any(p.search(name) for p in optional):
+                    continue  # one checkpoint tensor may feed several targets: transformers checks those
+                raise CheckpointError(
+                    f"{self.reader.folder}: no tensor for '{name}', which config.json calls for;"
+                    " the checkpoint is incomplete or belongs to another config"
+                )
+            if name in split:
+                continue
+            found = sum(prod(self.reader.entries[source].shape) for source in sources)
+            if found != tensor.numel():
+                raise CheckpointError(
+                    f"{self.reader.folder}: {sources[0]} (and {len(sources) - 1} more) hold {found}"
+                    f" elements where config.json calls for {tensor.numel()} ({name},"
+                    f" {tuple(tensor.shape)}); wrong shape, or an expert is missing"
+                )
+
+    # --- in and out ----------------------------------------------------------------------------------------
+
+    def load_root(self) -> None:
+        """Loads everything outside the decoder layers."""
+        self._load(name for name in self.targets if self.owner(name) == ROOT)
+        self.model.tie_weights()
+        self._fill_buffers(self.model, skip=tuple(self.layers))
+
+    def load(self, module_path: str) -> nn.Module:
+        """Loads the parameters below one module (a decoder layer, or its experts) and returns the module."""
+        module = self.model.get_submodule(module_path)
+        self._load(name for name in self.targets if name.startswith(module_path + "."))
+        self._fill_buffers(module)
+        return module
+
+    def take(self, name: str) -> torch.Tensor:
+        """Loads one parameter and hands it over: the skeleton keeps nothing of it."""
+        self._load([name])
+        parent, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        tensor: torch.Tensor = getattr(module, leaf).detach()
+        setattr(module, leaf, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+        return tensor
+
+    def drop(self, module_path: str) -> None:
+        """Gives the memory of a loaded module back."""
+        self.model.get_submodule(module_path).to("meta")
+
+    def prefetch(self, module_path: str) -> None:
+        """Asks the kernel to read a module's bytes ahead; costs no memory of this process."""
+        self.reader.prefetch(self.source_names(module_path))
+
+    def _load(self, names: Iterable[str]) -> None:
+        state = dict(self.model.state_dict())
+        small: list[str] = []
+        groups: list[list[str]] = [small]
+        for name in names:
+            # A fused experts tensor is assembled alone, so that only one of them exists twice at a time.
+            if state[name].dim() >= 3:
+                groups.append([name])
+            else:
+                small.append(name)
+        for group in groups:
+            if group:
+                self._load_group(group)
+
+    def _load_group(self, names: list[str]) -> None:
+        sources = {s: self.reader.entries[s] for name in names for s in self.targets[name]}
+        load_config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self._dtype_plan,
+            device_map={"": self.device},
+            hf_quantizer=self.quantizer,
+            weight_mapping=get_model_conversion_mapping(self.model, None, self.quantizer),
+        )
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, sources, load_config)
+        problems = [
+            *(f"{k}: {e}" for k, e in info.conversion_errors.items()),
+            *(f"{m[0]}: {tuple(m[1])} instead of {tuple(m[2])}" for m in info.mismatched_keys),
+            *(f"{name}: not loaded" for name in names if name in info.missing_keys),
+        ]
+        if problems:
+            raise CheckpointError(f"{self.reader.folder}: {problems[0]}".replace("\n", " "))
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            tensor = getattr(self.model.get_submodule(parent), leaf)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(False)
+
+    def _fill_buffers(self, root: nn.Module, skip: tuple[str, ...] = ()) -> None:
+        """Rebuilds what no checkpoint holds (rotary frequencies ...) with the model's own initialisation."""
+        names = {module: name for name, module in self.model.named_modules()}
+        for module in root.modules():
+            name = names[module]
+            if any(name == s or name.startswith(s + ".") for s in skip):
+                continue
+            missing = [
+                key
+                for store in (module._buffers, module._parameters)
+                for key, tensor in store.items()
+                if tensor is not None and tensor.is_meta and f"{name}.{key}".lstrip(".") not in self.targets
+            ]
+            for key in missing:
+                store = module._buffers if key in module._buffers else module._parameters
+                fresh = torch.zeros_like(store[key], device=self.device)  # type: ignore[arg-type]
+                store[key] = nn.Parameter(fresh, False) if store is module._parameters else fresh  # type: ignore[assignment]
+            if missing:
+                self._nearest_model(name)._init_weights(module)
+
+    def _nearest_model(self, name: str) -> PreTrainedModel:
+        """The innermost PreTrainedModel around a module: it knows how to initialise it."""
+        while name:
+            name = name.rpartition(".")[0]
+            module = self.model.get_submodule(name)
+            if isinstance(module, PreTrainedModel):
+                return module
+        return self.model
+
+
+def _load_config(reader: CheckpointReader) -> transformers.PreTrainedConfig:
+    folder: Path = reader.folder
+    stored = reader.config.get("quantization_config")
+    if stored is not None and stored.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{folder}: quantization_config.quant_method '{stored.get('quant_method')}' is not supported;"
+            " give the bf16, fp16 or fp32 checkpoint"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: config.json is not usable: {reason}") from error
+
+
+def _model_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
+    for name in getattr(config, "architectures", None) or []:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise CheckpointError(
+            f"model type '{config.model_type}', architectures {config.architectures}: the installed"
+            " transformers has no such class; models with remote code are not supported"
+        ) from None
+
+
+def _majority_dtype(reader: CheckpointReader) -> torch.dtype:
+    weight: dict[torch.dtype, int] = defaultdict(int)
+    for entry in reader.entries.values():
+        if entry.torch_dtype.is_floating_point:
+            weight[entry.torch_dtype] += entry.num_bytes
+    return max(weight, key=lambda d: weight[d]) if weight else torch.float32
+
+
+def _outermost_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    last = None
+    for name, module in model.named_modules():
+        if last is not None and name.startswith(last + "."):
+            continue
+        if isinstance(module, GradientCheckpointingLayer):
+            last = name
+            yield name, module

@@ -1,0 +1,95 @@
+"""One progress line for the stage that runs, and its event in the job folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from .job import Job
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+class Stage:
+    """A running stage; `advance` moves its line."""
+
+    def __init__(self, name: str, total: int, console: Console) -> None:
+        self.name, self.total, self.console = name, total, console
+        self.done = self.tokens = 0
+        self.started = self._shown = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}", table_column=Column(width=10)),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=total, speed="")
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began."""
+        return time.monotonic() - self.started
+
+    def advance(self, steps: int = 1, tokens: int = 0) -> None:
+        """Counts finished steps, and the tokens they went through."""
+        self.done += steps
+        self.tokens += tokens
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, speed=self._speed())
+        elif time.monotonic() - self._shown > _PLAIN_INTERVAL_S:
+            self._shown = time.monotonic()
+            left_s = self.seconds / max(self.done, 1) * (self.total - self.done)
+            self.console.print(f"{self.name} {self.done}/{self.total} {self._speed()} {left_s:.0f} s left")
+
+    def _speed(self) -> str:
+        return f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
+
+    def close(self) -> None:
+        """Takes the line away and says how long the stage took."""
+        if self._bar is not None:
+            self._bar.stop()
+        speed = self._speed()
+        self.console.print(f"{self.name}: {self.done} steps in {self.seconds:.1f} s{', ' + speed if speed else ''}")
+
+
+class Reporter:
+    """Shows stages to a person and records them as events.
+
+    Args:
+        job: whose events.jsonl the stages are recorded in.
+        console: where lines go; standard error by default, so that standard output stays clean.
+
+    Attributes:
+        seconds: time of each finished stage.
+    """
+
+    def __init__(self, job: Job, console: Console | None = None) -> None:
+        self.job = job
+        self.console = console or Console(stderr=True)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        """Runs a stage of `total` steps."""
+        self.job.event("stage_start", stage=name, total=total)
+        stage = Stage(name, total, self.console)
+        try:
+            yield stage
+        finally:
+            stage.close()
+        self.seconds[name] = stage.seconds
+        self.job.event("stage_end", stage=name, seconds=round(stage.seconds, 3), done=stage.done, tokens=stage.tokens)
+
+    def say(self, text: str) -> None:
+        """One line to the person."""
+        self.console.print(text, highlight=False)
