@@ -80,12 +80,15 @@ def allocate(items: list[Item], budget: int) -> list[int]:
     Returns:
         One rank an item.
     """
-    gains, costs, owners, steps = [], [], [], []
+    gains: list[NDArray[np.float64]] = []
+    costs: list[NDArray[np.int64]] = []
+    owners: list[NDArray[np.int64]] = []
+    steps: list[NDArray[np.int64]] = []
     for index, item in enumerate(items):
         stop, dense_cost, dense_gain = hull(item)
         width = item.num_rows + item.num_columns
-        gains += [item.energy[:stop].astype(np.float64) / width, [dense_gain / dense_cost]]
-        costs += [np.full(stop, width), [dense_cost]]
+        gains += [item.energy[:stop].astype(np.float64) / width, np.array([dense_gain / dense_cost])]
+        costs += [np.full(stop, width), np.array([dense_cost], dtype=np.int64)]
         owners.append(np.full(stop + 1, index))
         steps.append(np.arange(stop + 1))
     gain, cost = np.concatenate(gains), np.concatenate(costs).astype(np.int64)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from .calibration.worker import CalibrationSetup, LayerWorker
-from .units import limit_threads
+from .stages.units import limit_threads
 
 Ref = Any
 """A handle of a result that may not be there yet; may be passed to other calls."""

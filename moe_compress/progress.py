@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from .job import Job
+from .memory import PeakMemory
 
 _PLAIN_INTERVAL_S = 10.0
 
@@ -20,7 +22,8 @@ class Stage:
 
     def __init__(self, name: str, total: int, console: Console) -> None:
         self.name, self.total, self.console = name, total, console
-        self.done = self.tokens = 0
+        self.done = 0
+        self.tokens = 0.0
         self.started = self._shown = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -40,7 +43,7 @@ class Stage:
         """Since the stage began."""
         return time.monotonic() - self.started
 
-    def advance(self, steps: int = 1, tokens: int = 0) -> None:
+    def advance(self, steps: int = 1, tokens: float = 0) -> None:
         """Counts finished steps, and the tokens they went through."""
         self.done += steps
         self.tokens += tokens
@@ -66,29 +69,40 @@ class Reporter:
     """Shows stages to a person and records them as events.
 
     Args:
-        job: whose events.jsonl the stages are recorded in.
+        job: whose events.jsonl the stages are recorded in, if any.
         console: where lines go; standard error by default, so that standard output stays clean.
+        memory: gives the peak of each stage.
 
     Attributes:
-        seconds: time of each finished stage.
+        stages: {"seconds", "tokens", "peak_bytes"} of each finished stage by name.
     """
 
-    def __init__(self, job: Job, console: Console | None = None) -> None:
-        self.job = job
+    def __init__(self, job: Job | None, console: Console | None = None, memory: PeakMemory | None = None) -> None:
+        self.job, self.memory = job, memory
         self.console = console or Console(stderr=True)
-        self.seconds: dict[str, float] = {}
+        self.stages: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
         """Runs a stage of `total` steps."""
-        self.job.event("stage_start", stage=name, total=total)
+        if self.memory is not None:
+            self.memory.take()
+        self.event("stage_start", stage=name, total=total)
         stage = Stage(name, total, self.console)
         try:
             yield stage
         finally:
             stage.close()
-        self.seconds[name] = stage.seconds
-        self.job.event("stage_end", stage=name, seconds=round(stage.seconds, 3), done=stage.done, tokens=stage.tokens)
+        figures: dict[str, float] = {"seconds": round(stage.seconds, 3), "tokens": round(stage.tokens)}
+        if self.memory is not None:
+            figures["peak_bytes"] = self.memory.take()
+        self.stages[name] = figures
+        self.event("stage_end", stage=name, done=stage.done, **figures)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One line of events.jsonl."""
+        if self.job is not None:
+            self.job.event(name, **fields)
 
     def say(self, text: str) -> None:
         """One line to the person."""

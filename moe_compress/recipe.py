@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,9 @@ Base = Literal["none", "mean", "frequency", "fisher", "fisher_frequency", "close
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Part = TypeVar("Part", bound=_Part)
 
 
 class DatasetText(_Part):
@@ -232,6 +235,18 @@ def parse_recipe(data: dict[str, Any]) -> Recipe:
         raise RecipeError(f"method.name: '{method['name']}' is not a method; the methods are: d2moe")
     try:
         return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from None
+
+
+def parse_part(kind: type[Part], data: dict[str, Any]) -> Part:
+    """Validates one part of a recipe by itself.
+
+    Raises:
+        RecipeError: as `parse_recipe`.
+    """
+    try:
+        return kind.model_validate(data)
     except ValidationError as error:
         raise RecipeError(_explain(error)) from None
 

@@ -1,4 +1,4 @@
-"""Perplexity by non-overlapping windows, and how far a compressed model's next-token distribution is from the original's.
+"""Perplexity by non-overlapping windows, and how far the next-token distribution moved from the original's.
 
 For a window of tokens x_1 .. x_S, p the original's and q the compressed model's distribution:
 

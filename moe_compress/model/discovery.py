@@ -83,7 +83,7 @@ def describe_experts(path: str, module: nn.Module) -> MoELayer:
     Raises:
         CheckpointError: the parameters do not have the shapes that the module's flags promise.
     """
-    down_shape = tuple(module.down_proj.shape)  # type: ignore[union-attr, arg-type]
+    down_shape = tuple(module.down_proj.shape)
     transposed = bool(module.is_transposed)
     num_experts = down_shape[0]
     hidden, inner = down_shape[1:] if not transposed else down_shape[:0:-1]

@@ -128,7 +128,20 @@ class ExpertObserver:
                 " check the checkpoint for NaN weights, or set calibration.dtype: float32"
             )
         counts = torch.bincount(ids, minlength=self.layer.num_experts).tolist()
-        return RoutedTokens(counts, token, weight.float(), *tensors, norm, router_logits_TE=logits)
+        x_SD, up_SM, h_SF, y_SD, d_up_SM, d_y_SD = tensors
+        return RoutedTokens(
+            counts=counts,
+            token_S=token,
+            weight_S=weight.float(),
+            x_SD=x_SD,
+            up_SM=up_SM,
+            h_SF=h_SF,
+            y_SD=y_SD,
+            d_up_SM=d_up_SM,
+            d_y_SD=d_y_SD,
+            output_norm_S=norm,
+            router_logits_TE=logits,
+        )
 
     def _see_router(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keeps the first (T, E) floating output of a sibling of the experts: the router's logits."""
@@ -166,9 +179,16 @@ class ExpertObserver:
         place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
         mixed = weighted_SD[place_S].view(num_tokens, top_k, -1).sum(dim=1)
         if up_SM.requires_grad:
-            seen = [t.detach() for t in (weight_S, x_SD, up_SM, h_SF, y_SD)]
-            norm_S = torch.linalg.vector_norm(out_SD.detach(), dim=-1, dtype=torch.float32)
-            capture = _Capture(ids_S, token_S, *seen, norm_S)
+            capture = _Capture(
+                ids_S=ids_S,
+                token_S=token_S,
+                weight_S=weight_S.detach(),
+                x_SD=x_SD.detach(),
+                up_SM=up_SM.detach(),
+                h_SF=h_SF.detach(),
+                y_SD=y_SD.detach(),
+                output_norm_S=torch.linalg.vector_norm(out_SD.detach(), dim=-1, dtype=torch.float32),
+            )
             up_SM.register_hook(lambda grad: capture.grads.__setitem__("up", grad))
             y_SD.register_hook(lambda grad: capture.grads.__setitem__("y", grad))
             self._capture = capture

@@ -233,7 +233,8 @@ class LayerStreamer:
             parameters = wanted(name)
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            olds, news = [], []
+            olds: list[Tensor] = []
+            news: list[Tensor] = []
 
             def cut(t: Any, olds: list[Tensor] = olds, news: list[Tensor] = news) -> Any:
                 if not (_is_float(t) and t.requires_grad):

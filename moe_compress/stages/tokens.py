@@ -9,16 +9,16 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .calibration.text import (
+from ..calibration.text import (
     TokenBatch,
     calibration_sequences,
     dataset_documents,
     evaluation_windows,
     read_documents,
 )
-from .errors import CheckpointError, RecipeError
-from .job import digest_of
-from .recipe import Calibration, DatasetText, Evaluation, Text
+from ..errors import CheckpointError, RecipeError
+from ..job import digest_of
+from ..recipe import Calibration, DatasetText, Evaluation, Text
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

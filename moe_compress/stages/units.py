@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .calibration.statistics import LayerStatistics
-from .calibration.worker import pick_device, statistics_path
-from .checkpoint.reader import CheckpointReader
-from .checkpoint.writer import ShardInfo, atomic_write, describe_shard, write_shard
-from .methods.d2moe import GroupProblem, channel_alignment
-from .model.discovery import MoELayer
-from .model.expert_bank import Group, stock_name, to_canonical
-from .model.skeleton import Skeleton
-from .recipe import D2MoE
+from ..calibration.statistics import LayerStatistics
+from ..calibration.worker import pick_device, statistics_path
+from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.writer import ShardInfo, atomic_write, describe_shard, write_shard
+from ..methods.d2moe import GroupProblem, channel_alignment
+from ..model.discovery import MoELayer
+from ..model.expert_bank import Group, stock_name, to_canonical
+from ..model.skeleton import Skeleton
+from ..recipe import D2MoE
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,144 @@
+"""The `moe-compress` command. Exit codes: 0 done, 2 the user's input is wrong, 1 anything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="moe-compress",
+    help="Makes Mixture-of-Experts checkpoints smaller and keeps what they know.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, YAML.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Overrides a key of the recipe, such as method.ratio=0.4.", metavar="KEY=VALUE"),
+]
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    context.obj = debug
+
+
+@app.command()
+def compress(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Runs or resumes a job."""
+    from moe_compress.recipe import load_recipe
+
+    from .run import run
+
+    run(load_recipe(recipe, overrides or []), Console())
+
+
+@app.command()
+def plan(
+    recipe: RecipePath, overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False
+) -> None:
+    """Says what a recipe would do, from config and index alone."""
+    from moe_compress.plan import make_plan
+
+    from moe_compress.recipe import load_recipe
+
+    result = make_plan(load_recipe(recipe, overrides or []))
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        result.show(Console())
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, compressed or not.")],
+    text: Annotated[list[str], typer.Option(help="Text files.")],
+    against: Annotated[str | None, typer.Option(help="The original, to compare with.")] = None,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 2048,
+    max_windows: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
+) -> None:
+    """Perplexity of a checkpoint, and its agreement with the original."""
+    from .run import run_evaluation_only
+
+    settings = {
+        "text": text,
+        "sequence_length": sequence_length,
+        "max_windows": max_windows,
+        "batch_size": batch_size,
+        "dtype": dtype,
+    }
+    scores = run_evaluation_only(checkpoint, against, settings, Console(stderr=True))
+    line = json.dumps(scores.to_dict(), indent=2)
+    if json_out is not None:
+        json_out.write_text(line + "\n")
+    typer.echo(line)
+
+
+@app.command()
+def inspect(checkpoint: Annotated[str, typer.Argument(help="A checkpoint, compressed or not.")]) -> None:
+    """Shows the structure of a checkpoint: MoE layers, experts, ranks, bytes."""
+    from moe_compress.report.tables import inspect_checkpoint
+
+    inspect_checkpoint(checkpoint, Console())
+
+
+@app.command()
+def materialize(
+    checkpoint: Annotated[str, typer.Argument(help="A factorised checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the dense stock checkpoint.")],
+) -> None:
+    """Writes a dense stock checkpoint out of a factorised one. It is not smaller than the original."""
+    from moe_compress.materialize import materialize_checkpoint
+
+    materialize_checkpoint(checkpoint, output)
+    typer.echo(f"{output}: dense, as large as the original; load it anywhere")
+
+
+@app.command()
+def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> None:
+    """Prints what a finished job did."""
+    from moe_compress.report.tables import show_job
+
+    show_job(job_dir, Console())
+
+
+def main() -> None:
+    """Entry point: turns errors into one readable line and an exit code."""
+    debug = "--debug" in sys.argv
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from moe_compress.errors import MoECompressError
+
+    try:
+        app(standalone_mode=True)
+    except MoECompressError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(f"error: {type(error).__name__}: {reason} (--debug shows the traceback)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

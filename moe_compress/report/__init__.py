@@ -1,0 +1,1 @@
+"""What a job did, for people."""

@@ -1,0 +1,36 @@
+"""What a finished job did, measured: `summary.json`, which the report reads."""
+
+from __future__ import annotations
+
+import json
+
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.writer import atomic_write
+from ..evaluation.agreement import Scores
+from ..job import Job
+from ..progress import Reporter
+from .prepare import Prepared
+
+SUMMARY_NAME = "summary.json"
+
+
+def summarise(job: Job, prepared: Prepared, scores: Scores | None, reporter: Reporter) -> None:
+    """Writes parameters, bytes on disk, quality, time and memory of the job."""
+    output = prepared.recipe.output_path
+    manifest = Manifest.load(output)
+    itemsize = prepared.skeleton.dtype.itemsize
+    summary = {
+        "model": manifest.source.name,
+        "output": prepared.recipe.output,
+        "method": prepared.recipe.method.model_dump(),
+        "parameters": manifest.parameters,
+        "bytes": {
+            "original": sum(path.stat().st_size for path in prepared.reader.files),
+            "compressed": sum(path.stat().st_size for path in output.glob("*.safetensors")),
+            "experts_original": manifest.parameters["experts_original"] * itemsize,
+            "experts_compressed": manifest.parameters["experts_compressed"] * itemsize,
+        },
+        "scores": None if scores is None else scores.to_dict(),
+        "stages": reporter.stages,
+    }
+    atomic_write(job.folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
