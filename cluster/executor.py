@@ -7,8 +7,6 @@ the sums it had not written, and the stage starts it anew (`WorkerLost`).
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -143,7 +141,6 @@ def _get(ref: ray.ObjectRef) -> Any:
 
 def _connect(settings: Cluster) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if settings.address is not None:
         try:
             ray.init(address=settings.address, **quiet)
@@ -153,9 +150,4 @@ def _connect(settings: Cluster) -> None:
                 f"cluster.address: no Ray cluster at {settings.address} ({reason}); start one, or leave address out"
             ) from error
         return
-    # A cluster of this process alone: loopback only, and a token nobody else knows.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)

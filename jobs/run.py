@@ -30,6 +30,10 @@ def executor_for(cluster: Cluster) -> Iterator[Executor]:
     if cluster.local:
         executor = InProcess(cluster.threads)
     else:
+        from cluster.environment import prepare_private_cluster
+
+        if cluster.address is None:
+            prepare_private_cluster()
         from cluster.executor import RayExecutor
 
         executor = RayExecutor(cluster)

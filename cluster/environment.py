@@ -1,0 +1,19 @@
+"""Environment of a cluster that this process starts for itself. Must be set before Ray is imported: Ray reads it then."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+
+
+def prepare_private_cluster() -> None:
+    """A local cluster answers on loopback only, to holders of a token nobody else knows, and reports to nobody.
+
+    Without this Ray would write a token into the home folder. What the user has set is left alone.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
