@@ -17,8 +17,8 @@ from ray import exceptions as rex
 from moe_compress.calibration.worker import CalibrationSetup, LayerWorker
 from moe_compress.errors import CompressionError, RecipeError
 from moe_compress.executor import WorkerLost
+from moe_compress.process import settle
 from moe_compress.recipe import Cluster
-from moe_compress.stages.units import limit_threads
 
 UNIT_RETRIES = 3
 """How often a task is run again when its process dies."""
@@ -31,7 +31,7 @@ class _LayerWorkerActor:
     """A LayerWorker in a process of its own."""
 
     def __init__(self, setup: CalibrationSetup, index: int, threads: int) -> None:
-        limit_threads(threads)
+        settle(threads)
         self.worker = LayerWorker(setup, index)
 
     def call(self, method: str, *args: Any) -> tuple[Any, Any]:
@@ -41,7 +41,7 @@ class _LayerWorkerActor:
 
 
 def _run_unit(threads: int, function: Callable[..., Any], *args: Any) -> Any:
-    limit_threads(threads)
+    settle(threads)
     return function(*args)
 
 

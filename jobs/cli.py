@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -50,7 +50,6 @@ def plan(
 ) -> None:
     """Says what a recipe would do, from config and index alone."""
     from moe_compress.plan import make_plan
-
     from moe_compress.recipe import load_recipe
 
     result = make_plan(load_recipe(recipe, overrides or []))
@@ -72,8 +71,12 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
 ) -> None:
     """Perplexity of a checkpoint, and its agreement with the original."""
+    from moe_compress.errors import RecipeError
+
     from .run import run_evaluation_only
 
+    if json_out is not None and not json_out.absolute().parent.is_dir():
+        raise RecipeError(f"--json {json_out}: its folder does not exist; give a file in a folder that does")
     settings = {
         "text": text,
         "sequence_length": sequence_length,
@@ -123,21 +126,24 @@ def main() -> None:
     from moe_compress.errors import MoECompressError
 
     try:
-        app(standalone_mode=True)
-    except MoECompressError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(1)
+        app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; run the same command again to go on", 1)
     except Exception as error:
         if debug:
             raise
-        reason = " ".join(str(error).split())[:300]
-        print(f"error: {type(error).__name__}: {reason} (--debug shows the traceback)", file=sys.stderr)
-        sys.exit(1)
+        reason = " ".join(str(error).split())
+        if isinstance(error, MoECompressError):
+            _fail(reason, error.exit_code)
+        if hasattr(error, "format_message"):  # typer's own: the command line is wrong, or asked for nothing but help
+            _fail(f"{error.format_message().rstrip('.')}; try --help" if reason else "", 2)
+        _fail(f"{type(error).__name__}: {reason[:300]} (--debug shows the traceback)", 1)
+
+
+def _fail(line: str, exit_code: int) -> NoReturn:
+    if line:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from moe_compress.checkpoint.reader import resolve_checkpoint
+from moe_compress.errors import CheckpointError, RecipeError
 from moe_compress.evaluation.agreement import Scores, merge_scores
 from moe_compress.executor import Executor, InProcess
 from moe_compress.job import Job
 from moe_compress.memory import PeakMemory
-from moe_compress.pipeline import check, check_output, compress
+from moe_compress.pipeline import compress
 from moe_compress.progress import Reporter
 from moe_compress.recipe import Cluster, Evaluation, Recipe, parse_part
 from moe_compress.report.tables import show_job
 from moe_compress.stages.evaluate import run_evaluation
+from moe_compress.stages.prepare import check, check_output, prepare
 from moe_compress.stages.tokens import evaluation_tokens
 
 
@@ -44,11 +47,19 @@ def executor_for(cluster: Cluster) -> Iterator[Executor]:
 
 
 def run(recipe: Recipe, console: Console) -> None:
-    """Runs or resumes a job and prints its table; everything refusable is refused before Ray starts."""
-    check(recipe)
+    """Runs or resumes a job and prints its table; what is refused leaves no job folder behind."""
+    inputs = check(recipe)
     check_output(recipe)
     job = Job(recipe)
-    with job.locked(), PeakMemory() as memory, executor_for(recipe.cluster) as executor:
+    is_new = not job.folder.exists()
+    with job.locked(), PeakMemory() as memory, ExitStack() as stack:
+        try:
+            prepare(job, *inputs)  # its files are there when `compress` asks again
+            executor = stack.enter_context(executor_for(recipe.cluster))
+        except (RecipeError, CheckpointError):
+            if is_new:
+                shutil.rmtree(job.folder)
+            raise
         compress(job, executor, Reporter(job, memory=memory))
     show_job(recipe.job_path, console)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from .calibration.worker import CalibrationSetup, LayerWorker
-from .stages.units import limit_threads
+from .process import settle
 
 Ref = Any
 """A handle of a result that may not be there yet; may be passed to other calls."""
@@ -68,7 +68,7 @@ class InProcess:
     num_slots = 1
 
     def __init__(self, threads: int) -> None:
-        limit_threads(threads)
+        settle(threads)
         self._worker: LayerWorker | None = None
 
     def start_workers(self, setup: CalibrationSetup) -> None:

@@ -37,6 +37,8 @@ Text = list[str] | DatasetText
 
 
 def _as_list(value: Any) -> Any:
+    if not value:
+        raise ValueError("names no text; give a file, a list of files or a dataset")
     return [value] if isinstance(value, str) else value
 
 
@@ -216,7 +218,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not YAML: {_one_line(str(error))}") from error
+        raise RecipeError(f"recipe {path}: not YAML ({_one_line(str(error))}); see recipes/") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path}: holds {type(data).__name__}, not a mapping of keys; see recipes/")
     for override in overrides:
@@ -254,17 +256,17 @@ def parse_part(kind: type[Part], data: dict[str, Any]) -> Part:
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise RecipeError(f"--set '{override}': not of the form key.subkey=value, such as method.ratio=0.4")
+        raise RecipeError(f"--set '{override}': not of the form key.subkey=value; write it like method.ratio=0.4")
     *parents, leaf = key.split(".")
     here = data
     for parent in parents:
         here = here.setdefault(parent, {})
         if not isinstance(here, dict):
-            raise RecipeError(f"--set '{override}': '{parent}' holds no keys")
+            raise RecipeError(f"--set '{override}': '{parent}' is a value and holds no keys; see recipes/")
     try:
         here[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set '{override}': value is not YAML: {_one_line(str(error))}") from error
+        raise RecipeError(f"--set '{override}': value is not YAML ({_one_line(str(error))}); quote it") from error
 
 
 def _explain(error: ValidationError) -> str:
@@ -280,7 +282,7 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: missing; this key is required"
     if first["type"] == "value_error" and message.startswith("ratio:"):
         return f"{where}.{message}"
-    return f"{where}: {first['input']!r} is not valid: {_one_line(message)}"
+    return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 
 
 def _fields(location: tuple[int | str, ...]) -> set[str]:

@@ -270,7 +270,7 @@ def _read(path: Path, reader: Callable[[Path], Iterator[str]]) -> Iterator[str]:
     try:
         yield from reader(path)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text, gzip or Parquet: {error}") from error
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text, gzip or Parquet ({error}); convert it") from error
 
 
 def _text(path: Path) -> Iterator[str]:
@@ -293,7 +293,7 @@ def _json_lines(path: Path) -> Iterator[str]:
             try:
                 record = json.loads(line.decode("utf-8"))
             except ValueError as error:
-                raise RecipeError(f"{where}: not a line of JSON: {error}") from error
+                raise RecipeError(f"{where}: not a line of JSON ({error}); correct it") from error
             yield _text_field(record, where)
 
 

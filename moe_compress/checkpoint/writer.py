@@ -214,7 +214,7 @@ def _tensor_blocks(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
     block_elements = BLOCK_BYTES // flat.dtype.itemsize
     for begin in range(0, flat.numel(), block_elements):
         block = flat[begin : begin + block_elements]
-        if block.is_floating_point() and not _all_finite(block):
+        if block.is_floating_point() and not all_finite(block):
             raise CompressionError(
                 f"tensor {name}: holds NaN or infinity; only finite weights are written; check the "
                 "calibration statistics and the dtype of its layer"
@@ -222,7 +222,8 @@ def _tensor_blocks(name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
         yield block.view(torch.uint8).numpy().data
 
 
-def _all_finite(block: torch.Tensor) -> bool:
+def all_finite(block: torch.Tensor) -> bool:
+    """True where a floating-point tensor with elements holds neither NaN nor infinity."""
     if block.dtype.itemsize == 1:  # torch reduces no 8-bit floats
         block = block.float()
     # NaN wins both reductions: this is isfinite().all() without its temporaries, 10 times faster.

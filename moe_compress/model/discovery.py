@@ -9,6 +9,7 @@ on the instance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -69,15 +70,12 @@ class MoELayer:
 
 def follows_contract(module: nn.Module) -> bool:
     """True for an experts module of the contract, of whatever model class."""
-    return (
-        hasattr(module, "_apply_gate")
-        and hasattr(module, "has_gate")
-        and isinstance(getattr(module, "down_proj", None), nn.Parameter)
-        and module.down_proj.dim() == 3  # type: ignore[union-attr, operator]
-    )
+    down = getattr(module, "down_proj", None)
+    is_fused = isinstance(down, nn.Parameter) and down.dim() == 3
+    return is_fused and hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
 
 
-def describe_experts(path: str, module: nn.Module) -> MoELayer:
+def describe_experts(path: str, module: Any) -> MoELayer:
     """Reads the layout of one experts module.
 
     Raises:

@@ -12,6 +12,7 @@ and `down`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -86,12 +87,24 @@ class FactorisedExperts(nn.Module):
         spec: the layer's entry of `quantization_config.layers`.
     """
 
-    def __init__(self, template: nn.Module, spec: dict[str, Any]) -> None:
+    # taken over from the stock module
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_concatenated: bool
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    gate_up_proj_bias: Tensor
+    up_proj_bias: Tensor
+    down_proj_bias: Tensor
+
+    def __init__(self, template: Any, spec: dict[str, Any]) -> None:
         super().__init__()
         own = set(vars(self))
         self.__dict__.update({k: v for k, v in vars(template).items() if k not in own})
         self._template_class = type(template)
-        down: Tensor = template.down_proj  # type: ignore[assignment]
+        down: Tensor = template.down_proj
         up_name = "gate_up_proj" if template.has_gate else "up_proj"
         hidden, inner = down.shape[1:] if not template.is_transposed else down.shape[:0:-1]
         for name, child in template.named_children():
@@ -105,7 +118,7 @@ class FactorisedExperts(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=down.dtype, device=down.device)))
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        return self._template_class._apply_gate(self, gate_up)  # type: ignore[attr-defined]
+        return self._template_class._apply_gate(self, gate_up)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs.
@@ -121,7 +134,7 @@ class FactorisedExperts(nn.Module):
         num_tokens, top_k = top_k_index.shape
         ids_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
         token_S = order_S // top_k
-        counts = torch.bincount(ids_S, minlength=self.num_experts)[: self.num_experts].tolist()
+        counts = torch.bincount(ids_S, minlength=self.num_experts).tolist()
         inner_SF = self._activate(self._first(hidden_states, token_S, counts), ids_S)
         out_SD = self._slot(self.slots[-1], inner_SF, inner_SF, None, counts)
         if self.has_bias:

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
-from ..errors import CalibrationError
 from .discovery import MoELayer
 
 
 @dataclass(slots=True)
 class RoutedTokens:
-    """One call of an experts module. Rows are sorted by expert, padding is already left out.
+    """One call of an experts module. Rows are sorted by expert; padding and pairs of no weight are already left out.
 
     Attributes:
         counts: routed tokens of each expert, E entries that sum to S.
@@ -103,9 +102,6 @@ class ExpertObserver:
 
         Args:
             token_mask: (T,) True for real tokens; None where there is no padding.
-
-        Raises:
-            CalibrationError: activations or gradients are not finite.
         """
         seen, logits = self._capture, self._logits
         self._capture = self._logits = None
@@ -116,17 +112,14 @@ class ExpertObserver:
         if self.layer.has_gate and not self.layer.is_concatenated:
             for i in (1, 4):
                 tensors[i] = torch.cat([tensors[i][:, 0::2], tensors[i][:, 1::2]], dim=1)
+        keep = weight != 0  # a router skips a token by sending it anywhere with no weight
         if token_mask is not None:
-            keep = token_mask.to(token.device)[token]
+            token_mask = token_mask.to(token.device)
+            keep &= token_mask[token]
+            logits = None if logits is None else logits[token_mask]
+        if not bool(keep.all()):
             ids, token, weight, norm = ids[keep], token[keep], weight[keep], norm[keep]
             tensors = [t[keep] for t in tensors]
-            if logits is not None:
-                logits = logits[token_mask.to(logits.device)]
-        if not all(bool(torch.isfinite(t).all()) for t in (norm, tensors[4], tensors[5])):
-            raise CalibrationError(
-                f"{self.layer.path}: activations or gradients hold NaN or Inf on the calibration text;"
-                " check the checkpoint for NaN weights, or set calibration.dtype: float32"
-            )
         counts = torch.bincount(ids, minlength=self.layer.num_experts).tolist()
         x_SD, up_SM, h_SF, y_SD, d_up_SM, d_y_SD = tensors
         return RoutedTokens(

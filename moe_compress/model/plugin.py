@@ -80,6 +80,8 @@ class MoECompressQuantizer(HfQuantizer):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, name, FactorisedExperts(getattr(owner, name), spec))
+            # some blocks initialise their experts, by the stock names; nothing of a checkpoint needs it
+            owner._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path in self._layers(model):

@@ -95,14 +95,26 @@ class Skeleton:
             if getattr(getattr(module, "config", None), "output_router_logits", False):
                 module.config.output_router_logits = False  # a training loss; it needs every layer's logits
         self.layers = dict(_outermost_layers(self.model))
+        self._siblings: dict[str, list[str]] = {}
         self.targets, self.extra = self._map_tensors()
         self._dtype_plan = self.model._get_dtype_plan(self.dtype)
 
     # --- what is where -------------------------------------------------------------------------------------
 
     def moe_layers(self) -> list[MoELayer]:
-        """The MoE layers whose tensors the checkpoint really holds, in module order."""
-        return [layer for layer in find_moe_layers(self.model) if self.owner(layer.path) != ROOT]
+        """The MoE layers inside decoder layers, in module order.
+
+        Raises:
+            CheckpointError: there is none, or the experts of one cannot be replaced alone.
+        """
+        layers = [layer for layer in find_moe_layers(self.model) if self.owner(layer.path) != ROOT]
+        for name in (name for layer in layers for name in layer.owned):
+            if name in self._siblings:
+                raise CheckpointError(
+                    f"model type '{self.model.config.model_type}': the checkpoint tensors of {name} also hold"
+                    f" {self._siblings[name][0]}, so neither can be replaced alone; give a checkpoint of another type"
+                )
+        return layers
 
     def owner(self, name: str) -> str:
         """The decoder layer that the in-memory tensor or module `name` belongs to, or ROOT."""
@@ -158,9 +170,8 @@ class Skeleton:
         by_pattern = {p: c for c in converters for p in c.source_patterns}
         prefix = self.model.base_model_prefix
         targets: dict[str, list[str]] = defaultdict(list)
-        split: set[str] = set()
         extra: list[str] = []
-        for source in self.reader.entries:
+        for source in self.reader.weight_map:
             target, pattern = rename_source_key(source, renamings, converters, prefix, state)
             if target not in state and source in state:
                 target, pattern = rename_source_key(source, [], [], prefix, state)
@@ -169,35 +180,33 @@ class Skeleton:
                 continue
             targets[target].append(source)
             if pattern is not None and len(by_pattern[pattern].target_patterns) > 1:
-                split.add(target)
-        self._check_sizes(targets, split, state)
+                first, *others = by_pattern[pattern].target_patterns
+                self._siblings[target] = [target.replace(first, other) for other in others]
+        self._check_sizes(targets, state)
         return dict(targets), extra
 
-    def _check_sizes(
-        self,
-        targets: dict[str, list[str]],
-        split: set[str],
-        state: dict[str, torch.Tensor],
-    ) -> None:
+    def _check_sizes(self, targets: dict[str, list[str]], state: dict[str, torch.Tensor]) -> None:
         """Every tensor of the model is there and made of as many elements as the config says."""
         tied = set(self.model.all_tied_weights_keys)
+        by_sibling = {name for names in self._siblings.values() for name in names}
         optional = [re.compile(p) for p in (getattr(self.model, "_keys_to_ignore_on_load_missing", None) or [])]
         for name, tensor in state.items():
             sources = targets.get(name)
             if sources is None:
-                if split or name in tied or any(p.search(name) for p in optional):
-                    continue  # one checkpoint tensor may feed several targets: transformers checks those
+                if name in by_sibling or name in tied or any(p.search(name) for p in optional):
+                    continue
                 raise CheckpointError(
                     f"{self.reader.folder}: no tensor for '{name}', which config.json calls for;"
                     " the checkpoint is incomplete or belongs to another config"
                 )
-            if name in split:
-                continue
+            if any(source not in self.reader.entries for source in sources):
+                continue  # opened to plan, from config and index alone
             found = sum(prod(self.reader.entries[source].shape) for source in sources)
-            if found != tensor.numel():
+            called_for = tensor.numel() + sum(state[sibling].numel() for sibling in self._siblings.get(name, []))
+            if found != called_for:
                 raise CheckpointError(
                     f"{self.reader.folder}: {sources[0]} (and {len(sources) - 1} more) hold {found}"
-                    f" elements where config.json calls for {tensor.numel()} ({name},"
+                    f" elements where config.json calls for {called_for} ({name},"
                     f" {tuple(tensor.shape)}); wrong shape, or an expert is missing"
                 )
 
@@ -313,7 +322,7 @@ def _load_config(reader: CheckpointReader) -> transformers.PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: config.json is not usable: {reason}") from error
+        raise CheckpointError(f"{folder}: config.json is not usable ({reason}); correct it") from error
 
 
 def _model_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:

@@ -8,29 +8,24 @@ Two ways to run, same numbers:
 
 * *chained*: each layer takes one tensor and gives one tensor to the next. Layers run one after the other over all
   micro-batches, each read once a sweep. Nearly every model.
-* *driven*: anything else (layers that hand tuples on, glue between layers, encoder-decoder). The model's own
-  forward drives, one micro-batch at a time; each layer is read once a micro-batch and sweep.
+* *driven* (driven.py): anything else, such as layers that hand tuples on, glue between layers, encoder-decoder.
 
 Backward recomputes each layer from its saved input and is bit-equal to autograd through the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..errors import CalibrationError
+from .driven import DrivenModel, Inputs, LossFunction
 from .skeleton import Skeleton
-
-Inputs = dict[str, Tensor]
-LossFunction = Callable[[Tensor, Inputs], Tensor]
-"""(logits (B, S, V), inputs) -> scalar summed loss."""
 
 
 @dataclass(slots=True)
@@ -70,7 +65,7 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> Inputs:
     return inputs
 
 
-class LayerStreamer:
+class LayerStreamer(DrivenModel):
     """Streams micro-batches through the layers of a skeleton.
 
     Args:
@@ -83,18 +78,19 @@ class LayerStreamer:
     """
 
     def __init__(self, skeleton: Skeleton, sample: Inputs) -> None:
-        self.skeleton = skeleton
-        self.model = skeleton.model
+        super().__init__(skeleton)
         skeleton.load_root()
+        called: list[str] = []
         try:
-            self.names = [call.name for call in self.trace(sample).calls]
-            self.chained = len(set(self.names)) == len(self.names) and self._one_tensor_out(sample)
+            trace = self.trace(sample)
+            called = [call.name for call in trace.calls]
+            self.chained = len(set(called)) == len(called) and self._gives_one_tensor(trace)
         except NotChained:
             self.chained = False
         if not self.chained:
-            self.names = list(dict.fromkeys(self._called_layers(sample)))
-
-    # --- chained -------------------------------------------------------------------------------------------
+            called.clear()
+            self.drive_forward(sample, called.append)
+        self.names = list(dict.fromkeys(called))
 
     def trace(self, inputs: Inputs) -> Trace:
         """Runs the model with stand-ins for its layers.
@@ -110,8 +106,7 @@ class LayerStreamer:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 if previous and hidden_states is not previous[-1]:
                     raise NotChained(name)
-                beside = tree_flatten((args, kwargs))[0]
-                if any(isinstance(t, Tensor) and t.requires_grad for t in beside):
+                if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs))):
                     raise NotChained(name)
                 if not previous:
                     first.append(hidden_states.detach())
@@ -122,8 +117,8 @@ class LayerStreamer:
             return forward
 
         try:
-            with torch.enable_grad(), self._replaced(stand_in):
-                self.model(use_cache=False, **self._on_device(inputs))
+            with torch.enable_grad():
+                self._logits(inputs, stand_in)
         except NotChained:
             raise
         except Exception as error:  # a stand-in's single tensor where the model unpacks a tuple
@@ -143,8 +138,7 @@ class LayerStreamer:
         def stand_in(name: str) -> Callable[..., Tensor]:
             return lambda h, *args, **kwargs: hidden if name == last else h
 
-        with self._replaced(stand_in):
-            return self.model(use_cache=False, **self._on_device(inputs)).logits
+        return self._logits(inputs, stand_in)
 
     def vjp(self, call: LayerCall, hidden: Tensor, grad: Tensor, wanted: list[nn.Parameter]) -> list[Tensor | None]:
         """Gradients of one loaded layer: w.r.t. its input, then w.r.t. the `wanted` parameters.
@@ -162,163 +156,17 @@ class LayerStreamer:
             out = self.run(call, leaf)
         return list(torch.autograd.grad(out, [leaf, *wanted], grad, allow_unused=True))
 
-    # --- driven --------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def drive_forward(self, inputs: Inputs) -> Tensor:
-        """(B, S, V) logits; the model's own forward loads each layer as it comes to it."""
-
-        def stand_in(name: str) -> Callable[..., Any]:
-            layer = self.skeleton.layers[name]
-            own = type(layer).forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                self.skeleton.load(name)
-                try:
-                    return own(layer, *args, **kwargs)
-                finally:
-                    self.skeleton.drop(name)
-
-            return forward
-
-        with self._replaced(stand_in):
-            return self.model(use_cache=False, **self._on_device(inputs)).logits
-
-    def drive_backward(
-        self,
-        inputs: Inputs,
-        loss: LossFunction,
-        around: Callable[[str], Any],
-        wanted: Callable[[str], list[nn.Parameter]] = lambda name: [],
-        on_grads: Callable[[str, list[Tensor | None]], None] = lambda name, grads: None,
-    ) -> Tensor:
-        """Exact gradients for any model: every layer output is cut from the graph, glue keeps its graph.
-
-        Args:
-            inputs: the micro-batch.
-            loss: summed loss of the logits.
-            around: `around(name)` gives a context manager entered while a loaded layer is recomputed and
-                differentiated.
-            wanted: parameters of the loaded layer to differentiate.
-            on_grads: receives their gradients.
-
-        Returns:
-            The summed loss.
-        """
-        records: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
-
-        def stand_in(name: str) -> Callable[..., Any]:
-            layer = self.skeleton.layers[name]
-            own = type(layer).forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                self.skeleton.load(name)
-                with torch.no_grad():
-                    out = own(layer, *args, **kwargs)
-                self.skeleton.drop(name)
-                out = tree_map(lambda t: t.detach().clone().requires_grad_() if _is_float(t) else t, out)
-                records.append((name, args, kwargs, out))
-                return out
-
-            return forward
-
-        with torch.enable_grad(), self._replaced(stand_in):
-            total = loss(self.model(use_cache=False, **self._on_device(inputs)).logits, inputs)
-        total.backward(retain_graph=True)
-        for name, args, kwargs, outs in reversed(records):
-            leaves = [t for t in tree_flatten(outs)[0] if _is_float(t)]
-            if all(leaf.grad is None for leaf in leaves):
-                continue
-            layer = self.skeleton.load(name)
-            parameters = wanted(name)
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            olds: list[Tensor] = []
-            news: list[Tensor] = []
-
-            def cut(t: Any, olds: list[Tensor] = olds, news: list[Tensor] = news) -> Any:
-                if not (_is_float(t) and t.requires_grad):
-                    return t
-                olds.append(t)
-                news.append(t.detach().requires_grad_())
-                return news[-1]
-
-            own_args, own_kwargs = tree_map(cut, (args, kwargs))
-            with torch.enable_grad(), around(name):
-                outputs = [t for t in tree_flatten(layer(*own_args, **own_kwargs))[0] if _is_float(t)]
-                pairs = [
-                    (out, leaf.grad)
-                    for out, leaf in zip(outputs, leaves, strict=True)
-                    if leaf.grad is not None and out.requires_grad
-                ]
-                grads = torch.autograd.grad(
-                    [out for out, _ in pairs],
-                    [*news, *parameters],
-                    [grad for _, grad in pairs],
-                    allow_unused=True,
-                )
-            upstream = [(t, g) for t, g in zip(olds, grads, strict=False) if g is not None]
-            if upstream:
-                torch.autograd.backward([t for t, _ in upstream], [g for _, g in upstream], retain_graph=True)
-            on_grads(name, list(grads[len(news) :]))
-            for leaf in leaves:
-                leaf.grad = None
-            self.skeleton.drop(name)
-        return total.detach()
-
-    # --- shared --------------------------------------------------------------------------------------------
-
-    def _one_tensor_out(self, sample: Inputs) -> bool:
+    def _gives_one_tensor(self, trace: Trace) -> bool:
         """Runs the first layer for real: only its result tells whether layers return plain tensors."""
-        trace = self.trace(sample)
-        call = trace.calls[0]
-        self.skeleton.load(call.name)
+        first = trace.calls[0]
+        self.skeleton.load(first.name)
         try:
             with torch.no_grad():
-                return isinstance(self.run(call, trace.hidden), Tensor)
+                return isinstance(self.run(first, trace.hidden), Tensor)
         except TypeError:
             return False
         finally:
-            self.skeleton.drop(call.name)
-
-    def _called_layers(self, sample: Inputs) -> Iterator[str]:
-        called: list[str] = []
-
-        def stand_in(name: str) -> Callable[..., Any]:
-            layer = self.skeleton.layers[name]
-            own = type(layer).forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                called.append(name)
-                self.skeleton.load(name)
-                try:
-                    return own(layer, *args, **kwargs)
-                finally:
-                    self.skeleton.drop(name)
-
-            return forward
-
-        with torch.no_grad(), self._replaced(stand_in):
-            self.model(use_cache=False, **self._on_device(sample))
-        return iter(called)
-
-    @contextmanager
-    def _replaced(self, stand_in: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
-        """Layers answer with `stand_in(name)` while the model's own forward runs."""
-        for name, layer in self.skeleton.layers.items():
-            layer.forward = stand_in(name)
-        try:
-            yield
-        finally:
-            for layer in self.skeleton.layers.values():
-                del layer.forward
-
-    def _on_device(self, inputs: Inputs) -> Inputs:
-        return {key: value.to(self.skeleton.device) for key, value in inputs.items()}
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+            self.skeleton.drop(first.name)
 
 
 def summed_nll(logits: Tensor, inputs: Inputs) -> Tensor:

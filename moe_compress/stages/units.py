@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -137,11 +136,6 @@ def write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     atomic_write(path, sink.getvalue().to_pybytes())
-
-
-def limit_threads(threads: int) -> None:
-    """Fixes the number of numerical threads of this process: part of what makes bytes reproducible."""
-    torch.set_num_threads(threads)
 
 
 def statistics_seen(layers: list[MoELayer], folder: Path) -> list[MoELayer]:

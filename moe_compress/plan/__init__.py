@@ -1,0 +1,116 @@
+"""What a recipe would do, from config.json and index alone: sizes, ranks, memory, disk, network, operations, time.
+
+No tensor is read, and the shards need not be there. Every figure is an estimate with its formula beside it: sizes
+(sizes.py) are exact but for what calibration decides, costs (costs.py) are for the largest layer and a whole text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..checkpoint.reader import CheckpointReader, resolve_checkpoint
+from ..recipe import Recipe
+from ..stages.prepare import open_original
+from .costs import Workload
+from .shape import describe
+from .sizes import Part, SlotSize, highest_ratio, part_sizes, slot_sizes
+from .speed import measure_speed
+from .tables import tables
+
+NOTES = {
+    "allocated": "ranks are allocated once the calibration statistics are there; they spend the same total",
+    "uniform": "every expert gets the uniform rank",
+    "full": "every direction is kept: larger than the original",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a job would do.
+
+    Attributes:
+        model, model_type: the original.
+        num_layers, num_moe_layers: decoder layers, and those with routed experts.
+        num_experts, top_k: of the largest MoE layer, and experts a token.
+        ratio: fraction of the routed-expert parameters to remove; None keeps every direction.
+        highest_ratio: the ratio must stay below it.
+        note: how ranks are decided.
+        parts: parameters and bytes by part, before and after.
+        slots: ranks of each kind of factorised projection.
+        num_workers: layer workers of the calibration.
+        memory_bytes: process -> what it holds at its peak; their sum is the peak.
+        disk_bytes: what the job leaves or spills, by kind.
+        network_bytes: hidden states and gradients that go from worker to worker.
+        flops: operations of each stage.
+        seconds: the same at the speed of this machine, all workers busy.
+        speed: FLOP/s measured here, each worker's.
+    """
+
+    model: str
+    model_type: str
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int
+    top_k: int
+    ratio: float | None
+    highest_ratio: float
+    note: str
+    parts: list[Part]
+    slots: list[SlotSize]
+    num_workers: int
+    memory_bytes: dict[str, dict[str, int]]
+    disk_bytes: dict[str, int]
+    network_bytes: int
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    speed: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the totals of the parts."""
+        fields = ("parameters", "num_bytes", "parameters_after", "bytes_after")
+        return asdict(self) | {"total": {field: sum(getattr(p, field) for p in self.parts) for field in fields}}
+
+    def show(self, console: Console) -> None:
+        """Prints tables for a person."""
+        for part in tables(self.to_dict()):
+            console.print(part, highlight=False)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Plans a job; of the original only config.json and the index (or the headers) are read.
+
+    Raises:
+        RecipeError: the ratio cannot be reached.
+        CheckpointError: the model is not a MoE checkpoint we can read.
+    """
+    reader = CheckpointReader(resolve_checkpoint(recipe.model, layout_only=True), allow_missing_shards=True)
+    skeleton, layers = open_original(recipe, reader)
+    parts = part_sizes(skeleton, layers, recipe.method)
+    model = describe(skeleton, layers)
+    work = Workload(recipe, model, bytes_after=sum(part.bytes_after for part in parts))
+    speed = measure_speed(torch.float32, work.dtype, recipe.cluster.threads, recipe.cluster.device)
+    flops = work.flops()
+    return Plan(
+        model=recipe.model,
+        model_type=skeleton.model.config.model_type,
+        num_layers=len(skeleton.layers),
+        num_moe_layers=len(layers),
+        num_experts=max(layer.num_experts for layer in layers),
+        top_k=model.top_k,
+        ratio=recipe.method.ratio,
+        highest_ratio=highest_ratio(layers, recipe.method),
+        note=NOTES[recipe.method.ranks],
+        parts=parts,
+        slots=slot_sizes(layers, recipe.method),
+        num_workers=work.num_workers,
+        memory_bytes=work.memory_bytes(),
+        disk_bytes=work.disk_bytes(),
+        network_bytes=work.network_bytes(),
+        flops=flops,
+        seconds={name: work.seconds(name, count, speed) for name, count in flops.items()},
+        speed=speed,
+    )

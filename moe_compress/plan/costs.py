@@ -1,0 +1,270 @@
+"""Memory, disk, network and operations of a job, each by a formula.
+
+Symbols: n tokens of the calibration text, b tokens of a micro-batch (batch_size x sequence_length), k experts a token,
+D hidden_size, F intermediate_size, M rows of the first projection, E experts, V vocabulary, L layers, w bytes of an
+element in the dtype computed in. The text may be shorter than the recipe asks for; then all that follows is less.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from math import ceil, prod
+from pathlib import Path
+
+import torch
+
+from ..budget import uniform_rank
+from ..calibration.statistics import gram_shapes
+from ..methods.d2moe import Slot, slots
+from ..model.discovery import MoELayer
+from ..model.expert_bank import GROUPS
+from ..recipe import DatasetText, Recipe
+from .shape import ModelShape
+from .speed import EIGEN
+
+PROCESS_BYTES = 350_000_000
+"""Interpreter and libraries, measured."""
+
+DIRECTION_BYTES = 64
+"""What the allocation holds for a direction of a matrix at its peak, measured."""
+
+WINDOW_BYTES = 2**30
+"""Hidden states that each streamed model keeps in memory during the evaluation."""
+
+TEXT_BYTES_A_TOKEN = 4
+
+
+class Workload:
+    """The costs of a recipe on a model.
+
+    Args:
+        recipe: the job.
+        model: the original's shape.
+        bytes_after: size of the output.
+
+    Attributes:
+        dtype: calibration computes in it.
+        num_workers: layer workers; num_units: units of work side by side.
+    """
+
+    def __init__(self, recipe: Recipe, model: ModelShape, bytes_after: int) -> None:
+        self.recipe, self.model, self.bytes_after = recipe, model, bytes_after
+        text = recipe.calibration
+        self.dtype = model.dtype if text.dtype == "auto" else getattr(torch, text.dtype)
+        self.num_tokens = text.num_sequences * text.sequence_length
+        self.batch_tokens = min(text.batch_size, text.num_sequences) * text.sequence_length
+        self.full = text.full_covariance == "always" or recipe.method.needs_full_covariance
+        self.num_workers, self.num_units = _side_by_side(recipe)
+
+    # --- bytes ---------------------------------------------------------------------------------------------
+
+    def memory_bytes(self) -> dict[str, dict[str, int]]:
+        """What each kind of process holds at its peak."""
+        memory = {"calibration worker": self._calibration_memory(), "factorisation task": self._unit_memory()}
+        if self.recipe.evaluation is not None:
+            memory["evaluation task"] = self._evaluation_memory()
+        directions = sum(min(slot.num_rows, slot.num_columns) * layer.num_experts for layer, slot in self._slots())
+        memory["driver"] = {"libraries": PROCESS_BYTES, "allocation": directions * DIRECTION_BYTES}
+        return memory
+
+    def _calibration_memory(self) -> dict[str, int]:
+        """Always there: root tensors and the resident layers, in w, and boundary activations up to their limit.
+
+        On top, the largest of: the second copy of a fused tensor while it is assembled; the statistics of the
+        resident layers and one layer's backward; the loss. Prefetching takes page cache only. A layer's backward
+        holds b k (5 D + 2 M + 2 F) routed values (inputs, projections, outputs, and the gradients of each) and
+        b (8 D + 4 A), A the attention's width; the loss V values a token: logits twice and their gradient in w, and
+        three times in fp32.
+        """
+        model, width = self.model, self.dtype.itemsize
+        resident = self.recipe.cluster.resident_layers
+        routed = max(5 * l.hidden_size + 2 * l.up_shape[0] + 2 * l.intermediate_size for l in model.layers)
+        beside = 8 * model.hidden_size + 4 * model.attention_width
+        backward = self.batch_tokens * (model.top_k * routed + beside) * width
+        statistics = resident * max(self._statistics_bytes(layer) for layer in model.layers)
+        peaks = [
+            {"assembly of a tensor": model.largest_tensor * model.dtype.itemsize},
+            {"statistics": statistics, "backward of a micro-batch": backward},
+            {"loss of a micro-batch": self.batch_tokens * model.vocab_size * (3 * width + 12)},
+        ]
+        return {
+            "libraries": PROCESS_BYTES,
+            "embeddings and head": model.root_parameters * width,
+            "resident layers": resident * model.largest_layer * width,
+            "activations between layers": min(self._boundary_bytes() // self.num_workers, self._activation_limit()),
+        } | max(peaks, key=lambda peak: sum(peak.values()))
+
+    def _unit_memory(self) -> dict[str, int]:
+        """One group of one layer: its experts E M N, twice while they are assembled or beside their factors, the
+        layer's statistics and a shrunk copy of a Gram, and some matrices in fp32: four an expert, of one expert on
+        a CPU, of all on a GPU."""
+        layer = max(self.model.layers, key=lambda each: each.num_parameters)
+        size = prod(layer.up_shape)
+        at_once = layer.num_experts if self._on_gpu() else 1
+        grams = gram_shapes(layer, self.full)
+        return {
+            "libraries": PROCESS_BYTES,
+            "experts and factors": 2 * self.model.largest_tensor * self.model.dtype.itemsize,
+            "statistics": self._statistics_bytes(layer) + 4 * max(prod(shape) for shape in grams.values()),
+            "arithmetic": at_once * 4 * 4 * max(size, *(prod(shape[1:]) for shape in grams.values())),
+        }
+
+    def _evaluation_memory(self) -> dict[str, int]:
+        """Of both checkpoints the root tensors and the hidden states of the windows, up to a limit each; on top the
+        larger of one layer with a fused tensor being assembled, beside two logits of a micro-batch, and seven logits
+        of a micro-batch (of both models, their logarithms, a probability, a difference and its product)."""
+        settings = self.recipe.evaluation
+        assert settings is not None
+        model, tokens = self.model, self._evaluation_tokens()
+        width = (model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)).itemsize
+        hidden = ceil(tokens / self.num_units) * model.hidden_size * width
+        logits = min(settings.batch_size * settings.sequence_length, tokens) * model.vocab_size * 4
+        layer = model.largest_layer * width
+        assembly = model.largest_tensor * model.dtype.itemsize
+        peaks = [
+            {"resident layer": layer, "assembly of a tensor": assembly, "logits of a micro-batch": 2 * logits},
+            {"logits of a micro-batch": 7 * logits},
+        ]
+        return {
+            "libraries": PROCESS_BYTES,
+            "embeddings and heads": 2 * model.root_parameters * width,
+            "activations between layers": 2 * min(hidden, WINDOW_BYTES),
+        } | max(peaks, key=lambda peak: sum(peak.values()))
+
+    def disk_bytes(self) -> dict[str, int]:
+        """Job folder and output. The output is made of hard links to the job's shards where the disk allows them.
+
+        Statistics: fp32 Grams of all layers. Spectra: min(M, N) fp32 energies a matrix. Spilled: what of the L n D w
+        activations exceeds the workers' limits; gone after the calibration. Tokens: nine bytes each.
+        """
+        energies = sum(4 * min(slot.num_rows, slot.num_columns) * layer.num_experts for layer, slot in self._slots())
+        spilled = self._boundary_bytes() - self.num_workers * self._activation_limit()
+        return {
+            "statistics": sum(self._statistics_bytes(layer) for layer in self.model.layers),
+            "spectra": energies,
+            "output": self.bytes_after,
+            "spilled activations": max(spilled, 0),
+            "tokens": 9 * (self.num_tokens + self._evaluation_tokens()),
+        }
+
+    def network_bytes(self) -> int:
+        """Hidden states forward and gradients back over every border of two workers: 2 (chunks - 1) n D w."""
+        if self.num_workers == 1:
+            return 0
+        chunks = ceil(self.model.num_layers / self.recipe.cluster.resident_layers)
+        return 2 * (chunks - 1) * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
+
+    def _boundary_bytes(self) -> int:
+        """The input of every layer for the whole text: L n D w."""
+        return self.model.num_layers * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
+
+    def _activation_limit(self) -> int:
+        return int(self.recipe.calibration.activation_memory_gb * 2**30)
+
+    def _statistics_bytes(self, layer: MoELayer) -> int:
+        """Matrix sums in fp32, and the router's E^2 in fp64."""
+        grams = sum(prod(shape) for shape in gram_shapes(layer, self.full).values())
+        return 4 * grams + 8 * layer.num_experts**2
+
+    # --- operations ----------------------------------------------------------------------------------------
+
+    def flops(self) -> dict[str, float]:
+        """Operations of each stage; a multiplication and an addition are two."""
+        eigen, products = self._factorisation_flops()
+        return {
+            "calibrate: model": 3 * self._forward_flops(self.num_tokens, self.recipe.calibration.sequence_length),
+            "calibrate: statistics": self._statistics_flops(),
+            "factorise: eigendecompositions": eigen,
+            "factorise: products": products,
+            "evaluate": self._evaluation_flops(),
+        }
+
+    def seconds(self, stage: str, flops: float, speed: dict[str, float]) -> float:
+        """Time of a stage, all its processes busy at the speed measured here for its kind of work."""
+        calibrating = stage.startswith("calibrate")
+        kind = "float32"
+        if stage == "calibrate: model":
+            kind = str(self.dtype).removeprefix("torch.")
+        elif stage.endswith("eigendecompositions"):
+            kind = EIGEN
+        return flops / speed[kind] / (self.num_workers if calibrating else self.num_units)
+
+    def _forward_flops(self, num_tokens: int, sequence_length: int) -> float:
+        """2 n (active parameters) + 2 n L S A: the causal half of scores and mixing over S tokens, A wide.
+
+        A calibration is three: forward, the same again, and the gradient of the inputs.
+        """
+        model = self.model
+        attention = 2 * model.num_layers * sequence_length * model.attention_width
+        return float(num_tokens) * (2 * model.active_parameters + attention)
+
+    def _statistics_flops(self) -> float:
+        """A routed pair: 2 K^2 for each K x K Gram, 2 K for a diagonal; Fisher 2 r (M + N) for each projection, r
+        tokens that an expert sees of a sequence. A token: 2 E^2 for the router's Gram."""
+        total = 0.0
+        length = self.recipe.calibration.sequence_length
+        for layer in self.model.layers:
+            grams = sum(2 * prod(shape[1:]) for shape in gram_shapes(layer, self.full).values())
+            widths = sum(layer.up_shape) + sum(layer.down_shape)
+            segment = length * self.model.top_k / layer.num_experts
+            pair = grams + 2 * segment * widths
+            total += self.num_tokens * (self.model.top_k * pair + 2 * layer.num_experts**2)
+        return total
+
+    def _factorisation_flops(self) -> tuple[float, float]:
+        """(eigendecompositions, products), of all matrices, once for the energies and once for the factors.
+
+        K = min(M, N), r the uniform rank: 9 K^3 of the problem; where N is the smaller side also 9 N^3 for the root
+        of the covariance and M N^2 + 3 N^3 of products; 2 M N r for the factors (linalg/factorisation.py).
+        """
+        options = self.recipe.method
+        eigen = products = 0.0
+        for layer, slot in self._slots():
+            m, n = slot.num_rows, slot.num_columns
+            side = min(m, n)
+            ratio, based = options.ratio, options.base != "none"
+            rank = side if ratio is None else max(uniform_rank(m, n, layer.num_experts, ratio, based), 0)
+            right = n <= m
+            eigen += layer.num_experts * 2 * (9 * side**3 + (9 * n**3 if right else 0))
+            products += layer.num_experts * (2 * (m * n**2 + 3 * n**3 if right else 0) + 2 * m * n * rank)
+        return eigen, products
+
+    def _evaluation_flops(self) -> float:
+        """Two forwards, original and compressed."""
+        if self.recipe.evaluation is None:
+            return 0.0
+        return 2 * self._forward_flops(self._evaluation_tokens(), self.recipe.evaluation.sequence_length)
+
+    def _evaluation_tokens(self) -> int:
+        """The windows asked for; for a whole text its size, four bytes a token, and nothing if it is not there."""
+        settings = self.recipe.evaluation
+        if settings is None or isinstance(settings.text, DatasetText):
+            return 0
+        sizes = [path.stat().st_size for path in map(Path, settings.text) if path.is_file()]
+        tokens = sum(sizes) // TEXT_BYTES_A_TOKEN
+        if settings.max_windows is None:
+            return tokens
+        asked = settings.max_windows * settings.sequence_length
+        return min(asked, tokens) if sizes else asked
+
+    def _slots(self) -> Iterator[tuple[MoELayer, Slot]]:
+        for layer in self.model.layers:
+            for group in GROUPS:
+                for slot in slots(layer, group, self.recipe.method):
+                    yield layer, slot
+
+    def _on_gpu(self) -> bool:
+        device = self.recipe.cluster.device
+        return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def _side_by_side(recipe: Recipe) -> tuple[int, int]:
+    """(layer workers, units of work side by side), as the executor will choose on a machine like this one."""
+    cluster = recipe.cluster
+    if cluster.local:
+        return 1, 1
+    num_gpus = torch.cuda.device_count()
+    slots_here = max(1, (os.cpu_count() or 1) // cluster.threads)
+    num_workers = cluster.layer_workers or num_gpus or min(2, slots_here)
+    return num_workers, max(num_workers, num_gpus or slots_here)

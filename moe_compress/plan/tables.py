@@ -1,0 +1,79 @@
+"""A plan as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from ..report.tables import megabytes
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def tables(plan: dict[str, Any]) -> Iterator[str | Table]:
+    """Headlines and tables of `Plan.to_dict()`."""
+    yield (
+        f"{plan['model']}: {plan['model_type']}, {plan['num_moe_layers']} of {plan['num_layers']} layers with"
+        f" {plan['num_experts']} experts, {plan['top_k']} a token"
+    )
+    yield _sizes(plan)
+    ratio = "every direction kept" if plan["ratio"] is None else f"ratio {plan['ratio']}"
+    yield f"Ranks at {ratio} (possible below {plan['highest_ratio']:.4g}): {plan['note']}"
+    yield _ranks(plan)
+    yield "Memory of one process at its peak"
+    yield _memory(plan)
+    speeds = ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in plan["speed"].items())
+    yield f"Costs with {plan['num_workers']} layer workers; times at the speed of this machine: {speeds}"
+    yield _costs(plan)
+
+
+def _sizes(plan: dict[str, Any]) -> Table:
+    table = _table("part", "parameters", "bytes", "parameters after", "bytes after")
+    for part in [*plan["parts"], {"name": "total", **plan["total"]}]:
+        if part["name"] == "total":
+            table.add_section()
+        table.add_row(
+            part["name"],
+            f"{part['parameters']:,}",
+            megabytes(part["num_bytes"]),
+            f"{part['parameters_after']:,}",
+            megabytes(part["bytes_after"]),
+        )
+    return table
+
+
+def _ranks(plan: dict[str, Any]) -> Table:
+    table = _table("projection", "shape", "experts", "uniform rank", "break-even rank")
+    for slot in plan["slots"]:
+        rank = "" if slot["uniform_rank"] is None else str(slot["uniform_rank"])
+        shape = f"{slot['num_rows']} x {slot['num_columns']}"
+        table.add_row(slot["name"], shape, f"{slot['count']:,}", rank, str(slot["break_even_rank"]))
+    return table
+
+
+def _memory(plan: dict[str, Any]) -> Table:
+    table = _table("process", "of it", "bytes")
+    for process, parts in plan["memory_bytes"].items():
+        table.add_section()
+        table.add_row(process, "", megabytes(sum(parts.values())))
+        for name, size in parts.items():
+            table.add_row("", name, megabytes(size))
+    return table
+
+
+def _costs(plan: dict[str, Any]) -> Table:
+    table = _table("what", "how much", "time")
+    for stage, count in plan["flops"].items():
+        table.add_row(stage, f"{count / 1e12:,.2f} TFLOP", f"{plan['seconds'][stage]:,.0f} s")
+    table.add_section()
+    for name, size in plan["disk_bytes"].items():
+        table.add_row(f"disk: {name}", megabytes(size), "")
+    table.add_row("between workers", megabytes(plan["network_bytes"]), "")
+    return table

@@ -1,0 +1,27 @@
+"""Settings of a process that does numerical work: what makes its bytes reproducible and keeps its memory small."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_MMAP_BYTES = 4 * 2**20
+
+
+def settle(threads: int) -> None:
+    """Fixes the number of numerical threads and makes freed memory go back to the system.
+
+    The order of floating-point sums, and so the bytes of a job's result, may depend on the number of threads. As for
+    memory: glibc keeps freed blocks of up to 32 MB, and oneDNN a thousand compiled products, one for every number of
+    tokens that an expert ever saw; together they would cost several layers.
+    """
+    torch.set_num_threads(threads)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc only
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _MMAP_BYTES)
+        mallopt(_M_ARENA_MAX, 2)

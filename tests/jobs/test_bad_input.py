@@ -1,0 +1,348 @@
+"""Whatever is wrong with the input is said in one line, with exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from jobs import cli
+from moe_compress.checkpoint import Manifest, Source
+from tests.tiny_models import build_tiny
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class World:
+    """A job that would run, in a folder of its own, until a case spoils it.
+
+    root: everything lies in here. model: a sharded tiny Mixtral. text: its calibration text.
+    output: where the job would write. recipe: as plain data. raw: written in its place, if given.
+    overrides: of `--set`.
+    """
+
+    root: Path
+    model: Path
+    text: Path
+    output: Path
+    recipe: dict[str, Any]
+    raw: bytes | None = None
+    overrides: tuple[str, ...] = ()
+
+    def write_json(self, name: str, **changes: Any) -> None:
+        """Changes keys of a JSON file of the model."""
+        path = self.model / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(self.model.glob("*.safetensors"))
+
+    def command(self) -> list[str]:
+        """The arguments of `moe-compress`, once the recipe is written."""
+        path = self.root / "recipe.yaml"
+        path.write_bytes(yaml.safe_dump(self.recipe).encode() if self.raw is None else self.raw)
+        return ["compress", str(path), *(word for item in self.overrides for word in ("--set", item))]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral")
+    build_tiny("mixtral").save_pretrained(folder, max_shard_size="60KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def world(sharded: Path, tmp_path: Path) -> World:
+    model, text, output = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out" / "small"
+    shutil.copytree(sharded, model)
+    text.write_text("the quick brown fox jumps over the lazy dog\n\n" * 20)
+    recipe = {
+        "model": str(model),
+        "output": str(output),
+        "calibration": {"text": str(text), "num_sequences": 4, "sequence_length": 16},
+        "method": {"name": "d2moe", "ratio": 0.4},
+        "evaluation": {"text": str(text), "sequence_length": 16},
+        "cluster": {"local": True},
+    }
+    return World(tmp_path, model, text, output, recipe)
+
+
+def override(*items: str) -> Callable[[World], None]:
+    return lambda world: setattr(world, "overrides", items)
+
+
+def raw(content: bytes) -> Callable[[World], None]:
+    return lambda world: setattr(world, "raw", content)
+
+
+def drop(*keys: str) -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        here = world.recipe
+        for key in keys[:-1]:
+            here = here[key]
+        del here[keys[-1]]
+
+    return spoil
+
+
+def text_file(name: str, content: bytes, field: str = "calibration") -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        (world.root / name).write_bytes(content)
+        world.recipe[field]["text"] = str(world.root / name)
+
+    return spoil
+
+
+def dense_model(world: World) -> None:
+    for path in (*world.shards, world.model / INDEX):
+        path.unlink()
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8)).save_pretrained(world.model)
+
+
+def nan_weight(world: World, value: float = float("nan")) -> None:
+    tensors = load_file(world.shards[1])
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, world.shards[1], {"format": "pt"})
+
+
+def index_outside(world: World) -> None:
+    weight_map = json.loads((world.model / INDEX).read_text())["weight_map"]
+    world.write_json(INDEX, weight_map=weight_map | {next(iter(weight_map)): "../secret.safetensors"})
+
+
+def pickled(world: World) -> None:
+    for path in (*world.shards, world.model / INDEX):
+        path.unlink()
+    torch.save({}, world.model / "pytorch_model.bin")
+
+
+def lost_tensor(world: World) -> None:
+    """One tensor is in neither the index nor its shard."""
+    tensors = load_file(world.shards[0])
+    lost = sorted(tensors)[-1]
+    del tensors[lost]
+    save_file(tensors, world.shards[0], {"format": "pt"})
+    weight_map = json.loads((world.model / INDEX).read_text())["weight_map"]
+    del weight_map[lost]
+    world.write_json(INDEX, weight_map=weight_map)
+
+
+def no_tokenizer(world: World) -> None:
+    for path in world.model.glob("tokenizer*"):
+        path.unlink()
+
+
+def file_in_the_way(field: str) -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        (world.root / "file").write_text("")
+        world.recipe[field] = str(world.root / "file" / "below")
+
+    return spoil
+
+
+def taken_output(world: World) -> None:
+    world.output.mkdir(parents=True)
+    (world.output / "precious.txt").write_text("")
+
+
+def output_of_another_job(world: World) -> None:
+    world.output.mkdir(parents=True)
+    manifest = Manifest(
+        tool_version="0",
+        source=Source(name="model", digest="0"),
+        recipe={"method": {"name": "d2moe", "ratio": 0.5}},
+        layers={},
+        parameters={},
+        files={},
+    )
+    manifest.save(world.output)
+
+
+def compressed_already(world: World) -> None:
+    world.write_json("config.json", quantization_config={"quant_method": "moe_compress", "layers": {}})
+
+
+def truncated(world: World) -> None:
+    os.truncate(world.shards[2], world.shards[2].stat().st_size - 100)
+
+
+CASES: dict[str, tuple[Callable[[World], object], str]] = {
+    # the recipe
+    "recipe is not YAML": (raw(b"model: [1"), "not YAML"),
+    "recipe is binary": (raw(b"\xff\xfe\x00"), "not YAML"),
+    "recipe is empty": (raw(b""), "not a mapping"),
+    "unknown key": (override("method.ration=0.4"), "method.ration: unknown key"),
+    "unknown section": (override("methods.ratio=0.4"), "methods: unknown key"),
+    "unknown method": (override("method.name=magic"), "method.name: 'magic'"),
+    "missing key": (drop("calibration", "text"), "calibration.text: missing"),
+    "ratio missing": (drop("method", "ratio"), "method.ratio: missing"),
+    "ratio 0": (override("method.ratio=0"), "method.ratio: 0"),
+    "ratio 1": (override("method.ratio=1"), "method.ratio: 1"),
+    "ratio 1.5": (override("method.ratio=1.5"), "method.ratio: 1.5"),
+    "ratio negative": (override("method.ratio=-0.1"), "method.ratio: -0.1"),
+    "ratio NaN": (override("method.ratio=.nan"), "method.ratio: nan"),
+    "ratio text": (override("method.ratio=much"), "method.ratio: 'much'"),
+    "ratio true": (override("method.ratio=true"), "method.ratio: True"),
+    "ratio beyond the base": (override("method.ratio=0.8", "method.base=mean"), "method.ratio: 0.8"),
+    "ratio without a rank": (override("method.ratio=0.99", "method.ranks=uniform"), "method.ratio: 0.99"),
+    "no sequences": (override("calibration.num_sequences=0"), "calibration.num_sequences: 0"),
+    "unknown dtype": (override("calibration.dtype=int4"), "calibration.dtype: 'int4'"),
+    "unknown device": (override("cluster.device=banana"), "cluster.device: 'banana'"),
+    "malformed --set": (override("method.ratio"), "--set 'method.ratio'"),
+    # the model
+    "no model": (override("model=/no/such/model"), "/no/such/model"),
+    "config without experts": (dense_model, "model type 'llama'"),
+    "no config": (lambda w: (w.model / "config.json").unlink(), "config.json"),
+    "config is not JSON": (lambda w: (w.model / "config.json").write_text("{"), "config.json"),
+    "unknown architecture": (lambda w: w.write_json("config.json", model_type="nope"), "config.json"),
+    "config of another size": (lambda w: w.write_json("config.json", intermediate_size=44), "config.json calls for"),
+    "config of more experts": (lambda w: w.write_json("config.json", num_local_experts=5), "config.json calls for"),
+    "foreign quantization": (
+        lambda w: w.write_json("config.json", quantization_config={"quant_method": "gptq"}),
+        "quantization_config.quant_method 'gptq'",
+    ),
+    "compressed already": (compressed_already, "compressed checkpoint already"),
+    "missing shard": (lambda w: w.shards[1].unlink(), "model-00002-of-"),
+    "truncated shard": (truncated, "model-00003-of-"),
+    "shard is not safetensors": (lambda w: w.shards[0].write_bytes(b"PK" * 99), "model-00001-of-"),
+    "tensor lost": (lost_tensor, "no tensor for"),
+    "index with ../": (index_outside, "../secret.safetensors"),
+    "pickle": (pickled, "pytorch_model.bin is pickled"),
+    "NaN weight": (nan_weight, "holds NaN or infinity"),
+    "infinite weight": (lambda w: nan_weight(w, float("-inf")), "holds NaN or infinity"),
+    "no tokenizer": (no_tokenizer, "tokenizer does not load"),
+    # the texts
+    "no text named": (override("calibration.text=[]"), "calibration.text: [] is not valid; names no text"),
+    "missing text": (override("calibration.text=/no/such.txt"), "calibration.text: /no/such.txt: no such text file"),
+    "unknown kind of text": (text_file("a.pdf", b"x"), "a.pdf: unknown kind of text"),
+    "empty text": (text_file("empty.txt", b""), "calibration.text: "),
+    "blank text": (text_file("blank.txt", b"\n \n\n"), "blank.txt: holds no text"),
+    "one token": (text_file("a.txt", b"a"), "calibration.text: the text holds 1 tokens"),
+    "text is not UTF-8": (text_file("latin.txt", b"caf\xe9"), "latin.txt: cannot be read"),
+    "text is not JSON lines": (text_file("a.jsonl", b"{}\nno"), "a.jsonl:1"),
+    "text is not Parquet": (text_file("a.parquet", b"PAR0"), "a.parquet: cannot be read"),
+    "missing evaluation text": (override("evaluation.text=/no/such.txt"), "evaluation.text: /no/such.txt"),
+    "empty evaluation text": (text_file("empty.txt", b"", "evaluation"), "evaluation.text: "),
+    "evaluation dataset": (override("evaluation.text={dataset: d}"), "evaluation.text: a dataset"),
+    # where to
+    "existing output": (taken_output, "exists and is not ours"),
+    "output of another job": (output_of_another_job, "of another job"),
+    "unwritable output": (file_in_the_way("output"), "output: "),
+    "unwritable job folder": (file_in_the_way("job_dir"), "job_dir: "),
+    "output is the model": (lambda w: w.recipe.update(output=str(w.model)), "output: "),
+    "job folder in the model": (lambda w: w.recipe.update(job_dir=f"{w.model}/job"), "job_dir: "),
+    "job folder in the output": (lambda w: w.recipe.update(job_dir=f"{w.output}/job"), "job_dir: "),
+}
+
+
+def files_below(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_one_line(stderr: str, expected: str) -> None:
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("error: ")
+    assert expected in stderr
+    assert "Traceback" not in stderr
+    assert ";" in stderr  # what is wrong; what to do
+
+
+def fail(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+    """Runs the command, which must give exit code 2; its standard error."""
+    monkeypatch.setattr(sys, "argv", ["moe-compress", *arguments])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    return capfd.readouterr().err
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_in_one_line_with_nothing_written(
+    case: str, world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoil, expected = CASES[case]
+    spoil(world)
+    command = world.command()
+    before = files_below(world.root)
+    assert_one_line(fail(command, monkeypatch, capfd), expected)
+    assert files_below(world.root) == before
+    assert not world.output.with_name("small.job").exists()
+
+
+@pytest.mark.parametrize("case", ["truncated shard", "NaN weight"])
+def test_the_command_itself_refuses_before_it_starts_ray(case: str, world: World) -> None:
+    spoil, expected = CASES[case]
+    spoil(world)
+    del world.recipe["cluster"]
+    command = [sys.executable, "-m", "jobs.cli", *world.command()]
+    before = files_below(world.root)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
+    assert done.returncode == 2
+    assert_one_line(done.stderr, expected)
+    assert done.stdout == ""
+    assert files_below(world.root) == before
+
+
+def test_a_finished_job_folder_survives_a_refusal(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = world.root / "out" / "small.job" / "statistics" / "kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("hours of work")
+    nan_weight(world)
+    assert_one_line(fail(world.command(), monkeypatch, capfd), "holds NaN")
+    assert kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["compress", "/no/such.yaml"], "/no/such.yaml"),
+        (["plan", "/no/such.yaml"], "/no/such.yaml"),
+        (["inspect", "/no/such"], "/no/such"),
+        (["report", "/no/such"], "/no/such"),
+        (["materialize", "/no/such", "/no/out"], "/no/such"),
+        (["evaluate", "/no/such", "--text", "/no/such.txt"], "/no/such"),
+        (["evaluate", "{model}", "--text", "/no/such.txt"], "/no/such.txt"),
+        (["evaluate", "{model}", "--text", "{text}", "--against", "/no/original"], "/no/original"),
+        (["evaluate", "{model}", "--text", "{text}", "--dtype", "int4"], "int4"),
+        (["evaluate", "{model}", "--text", "{text}", "--json", "/no/folder/scores.json"], "/no/folder"),
+        (["evaluate", "{model}", "--text", "{text}", "--sequence-length", "1"], "--sequence-length"),
+        (["inspect", "{root}"], "config.json"),
+        (["report", "{model}"], "no finished job"),
+        (["materialize", "{model}", "{root}/dense"], "{model}"),
+        (["compress"], "RECIPE"),
+        (["explode"], "explode"),
+        (["inspect", "{model}", "--colour"], "--colour"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str],
+    expected: str,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    places = {"model": world.model, "text": world.text, "root": world.root}
+    before = files_below(world.root)
+    stderr = fail([word.format(**places) for word in arguments], monkeypatch, capfd)
+    assert_one_line(stderr, expected.format(**places))
+    assert files_below(world.root) == before

@@ -1,0 +1,91 @@
+"""Imports point one way: jobs -> cluster -> moe_compress, and inside the library only downwards."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# room -> what it may import of the library beside itself
+ALLOWED = {
+    "errors": set(),
+    "recipe": {"errors"},
+    "budget": set(),
+    "memory": set(),
+    "process": set(),
+    "checkpoint": {"errors"},
+    "linalg": {"errors"},
+    "model": {"errors", "checkpoint"},
+    "calibration": {"errors", "checkpoint", "model", "linalg"},
+    "methods": {"errors", "recipe", "budget", "linalg", "calibration", "model"},
+    "evaluation": {"errors", "checkpoint", "model", "calibration"},
+    "job": {"errors", "recipe", "checkpoint"},
+    "progress": {"job", "memory"},
+    "stages": {
+        *("errors", "recipe", "budget", "checkpoint", "model", "calibration", "methods", "evaluation"),
+        *("job", "progress", "executor"),
+    },
+    "executor": {"calibration", "process"},
+    "pipeline": {"executor", "job", "progress", "stages"},
+    "plan": {"errors", "recipe", "budget", "checkpoint", "model", "calibration", "methods", "stages", "report"},
+    "materialize": {"errors", "checkpoint", "model"},
+    "report": {"errors", "checkpoint", "model", "stages"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, also inside functions."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = [*package[: len(package) - node.level], *(node.module or "").split(".")] if node.level else None
+            base = ".".join(filter(None, parts)) if parts is not None else str(node.module)
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("moe_compress"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_library_imports_downwards(path: Path) -> None:
+    names = imports(path)
+    assert not any(name.split(".")[0] in {"ray", "deepspeed", "cluster", "jobs"} for name in names)
+    room = path.relative_to(ROOT / "moe_compress").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    used = {name.split(".")[1] for name in names if name.startswith("moe_compress.")} - {room, "__version__"}
+    assert used <= ALLOWED[room], f"{room} may not import {used - ALLOWED[room]}"
+
+
+@pytest.mark.parametrize("path", files("cluster"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_cluster_does_not_import_jobs(path: Path) -> None:
+    assert not any(name.split(".")[0] == "jobs" for name in imports(path))
+
+
+def test_library_works_without_ray_and_deepspeed() -> None:
+    code = (
+        "import sys; sys.modules['ray'] = None; sys.modules['deepspeed'] = None;"
+        "import moe_compress, moe_compress.pipeline, moe_compress.executor; print(moe_compress.__version__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_are_short() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in ("moe_compress", "cluster", "jobs")
+        for path in files(folder)
+        if (lines := len(path.read_text().splitlines())) > 420
+    }
+    assert not long, f"a file this long usually holds two ideas: {long}"
