@@ -1,4 +1,4 @@
-"""Environment of a cluster that this process starts for itself. Must be set before Ray is imported: Ray reads it then."""
+"""Environment of a cluster that this process starts for itself; set before Ray is imported, which reads it then."""
 
 from __future__ import annotations
 

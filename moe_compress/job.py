@@ -12,6 +12,8 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +83,15 @@ class Job:
         folder = self.folder / f"{kind}-{digest_of(kind, *made_from)}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def scratch(self) -> Path:
+        """A fresh folder for this run's spilled activations; those of killed runs are removed.
+
+        Each run has its own: workers that outlive their killed driver must not meet those of the next run.
+        """
+        root = self.folder / "scratch"
+        shutil.rmtree(root, ignore_errors=True)
+        return root / secrets.token_hex(8)
 
     def event(self, name: str, **fields: Any) -> None:
         """Appends one line to events.jsonl."""

@@ -106,7 +106,7 @@ def _dense_layer(skeleton: Skeleton, path: str) -> dict[str, Tensor]:
         intermediate_size=down.num_columns,
         has_gate=experts.has_gate,
         has_bias=experts.has_bias,
-        is_transposed=experts.is_transposed,
+        is_transposed=bool(experts.is_transposed),
         is_concatenated=experts.is_concatenated,
     )
     up_EMD = torch.cat([dense_EMN.pop(slot.name) for slot in first], dim=1)

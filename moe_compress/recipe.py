@@ -65,7 +65,7 @@ class Calibration(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     labels: Literal["text", "sampled"] = "text"
     full_covariance: Literal["auto", "always"] = "auto"
-    activation_memory_gb: float = Field(1.0, ge=0)
+    activation_memory_gb: float = Field(0.25, ge=0)
 
     _listed = field_validator("text", mode="before")(_as_list)
 

@@ -9,7 +9,7 @@ statistic is summed by one worker in the order of the micro-batches.
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -100,9 +100,7 @@ class LayerWorker:
         names, size = self.streamer.names, setup.chunk_layers
         self.chunks = [names[i : i + size] for i in range(0, len(names), size)]
         self.moe = {layer.path: layer for layer in skeleton.moe_layers()}
-        folder = setup.scratch / str(index)
-        shutil.rmtree(folder, ignore_errors=True)
-        self.store = ActivationStore(folder, setup.activation_bytes)
+        self.store = ActivationStore(setup.scratch / f"{index}-{os.getpid()}", setup.activation_bytes)
         self.statistics: dict[str, LayerStatistics] = {}
         self._loaded: int | None = None
         self._traced: tuple[int, Trace] | None = None

@@ -64,13 +64,10 @@ def describe(skeleton: Skeleton, layers: list[MoELayer]) -> ModelShape:
     idle = sum(layer.num_parameters * (layer.num_experts - top_k) // layer.num_experts for layer in layers)
     embedding = skeleton.model.get_input_embeddings().weight.numel()
     is_tied = bool(getattr(config, "tie_word_embeddings", False))
-    num_heads = getattr(config, "num_attention_heads", 0)
+    fields = config.to_dict()  # a model whose layers differ refuses to be asked for one number; the first does here
+    num_heads = fields.get("num_attention_heads") or 0
     # latent attention has heads of two widths; this is the one of the values
-    head_dim = (
-        getattr(config, "v_head_dim", None)
-        or getattr(config, "head_dim", None)
-        or config.hidden_size // max(num_heads, 1)
-    )
+    head_dim = fields.get("v_head_dim") or fields.get("head_dim") or config.hidden_size // max(num_heads, 1)
     return ModelShape(
         layers=layers,
         top_k=top_k,

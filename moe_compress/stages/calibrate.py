@@ -41,7 +41,7 @@ def calibrate(job: Job, prepared: Prepared, executor: Executor, reporter: Report
         checkpoint=prepared.reader.folder,
         tokens=prepared.calibration_tokens,
         statistics=statistics,
-        scratch=job.folder / "scratch",
+        scratch=job.scratch(),
         batch_size=text.batch_size,
         dtype=None if text.dtype == "auto" else getattr(torch, text.dtype),
         device=recipe.cluster.device,

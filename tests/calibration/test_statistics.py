@@ -1,0 +1,371 @@
+"""Statistics against the slowest way to have them: one token, one expert at a time, through the whole model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_compress.calibration.statistics import LayerStatistics
+from moe_compress.calibration.text import TokenBatch
+from moe_compress.calibration.worker import CalibrationSetup, LayerWorker, statistics_path
+from moe_compress.errors import CalibrationError
+from moe_compress.model.discovery import MoELayer, find_moe_layers
+from moe_compress.model.observer import RoutedTokens
+from tests.tiny_models import auto_class, save_tiny, token_ids
+
+MODEL_TYPES = ["mixtral", "gpt_oss", "nemotron_h"]  # plain; biased, transposed, interleaved; without gate
+LENGTH, PADDING = 10, 4
+Sums = dict[str, dict[str, Tensor]]
+"""Experts path -> name -> sum."""
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def padded_tokens(num_sequences: int = 5) -> TokenBatch:
+    """The last sequence ends in padding."""
+    ids = token_ids(num_sequences, LENGTH)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[-1, LENGTH - PADDING :] = False
+    return TokenBatch(ids * mask, mask)
+
+
+def make_setup(checkpoint: Path, folder: Path, tokens: TokenBatch, **changes: Any) -> CalibrationSetup:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens.save(folder / "tokens.safetensors")
+    setup = CalibrationSetup(
+        checkpoint=checkpoint,
+        tokens=folder / "tokens.safetensors",
+        statistics=folder / "statistics",
+        scratch=folder / "scratch",
+        batch_size=2,
+        dtype=None,
+        device="cpu",
+        activation_bytes=2**20,
+        full_grams=True,
+        sampled_seed=None,
+        chunk_layers=1,
+        num_workers=1,
+    )
+    setup.statistics.mkdir()
+    return replace(setup, **changes)
+
+
+def calibrate(setup: CalibrationSetup) -> tuple[float, Sums]:
+    """The driver's protocol; the summed loss, and the statistics read back from their files."""
+    workers = [LayerWorker(setup, i) for i in range(setup.num_workers)]
+    num_chunks, chained = workers[0].describe()
+    assert chained
+    owner = [workers[chunk % setup.num_workers] for chunk in range(num_chunks)]
+    batches = range(len(workers[0].batches))
+    handed: list[Tensor | None] = [None for _ in batches]
+    for chunk in range(num_chunks):
+        handed = [owner[chunk].forward(chunk, b, handed[b]) for b in batches]
+    loss = sum(owner[-1].loss(b) for b in batches)
+    handed = [None for _ in batches]
+    found: Sums = {}
+    for chunk in reversed(range(num_chunks)):
+        handed = [owner[chunk].backward(chunk, b, handed[b]) for b in batches]
+        for path in owner[chunk].finish(chunk):
+            layer = owner[chunk].moe[path]
+            found[path] = LayerStatistics.load(layer, statistics_path(setup.statistics, path)).tensors
+    return loss, found
+
+
+# --- brute force -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """One token at one expert: router weight, then the vectors of the statistics' formulas, stock row order."""
+
+    expert: int
+    g: Tensor
+    x: Tensor
+    up: Tensor
+    h: Tensor
+    y: Tensor
+    norm: Tensor
+
+
+def plain_experts(experts: Any, layer: MoELayer, pairs: list[Pair]) -> Any:
+    """A forward of the experts module that knows nothing but loops."""
+
+    def apply(e: int, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight = getattr(experts, name)[e]
+        out = weight.T @ x if layer.is_transposed else weight @ x
+        out.retain_grad()
+        return out, out + getattr(experts, f"{name}_bias")[e] if layer.has_bias else out
+
+    def forward(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        rows = []
+        for t in range(len(hidden)):
+            row = torch.zeros_like(hidden[t])
+            for e, g in zip(index[t].tolist(), weight[t], strict=True):
+                up, biased = apply(e, layer.up_name, hidden[t])
+                h = experts._apply_gate(biased[None])[0] if layer.has_gate else experts.act_fn(biased)
+                y, out = apply(e, "down_proj", h)
+                pairs.append(Pair(e, g.detach(), hidden[t].detach(), up, h.detach(), y, out.detach().norm()))
+                row = row + g * out
+            rows.append(row)
+        return torch.stack(rows)
+
+    return forward
+
+
+def canonical(layer: MoELayer, up: Tensor) -> Tensor:
+    """Rows `[gate; up]` along the first axis."""
+    return up if layer.is_concatenated or not layer.has_gate else torch.cat([up[0::2], up[1::2]])
+
+
+def brute_force(checkpoint: Path, model_type: str, tokens: TokenBatch) -> tuple[float, Sums]:
+    """Every statistic from whole-model runs of one unpadded sequence, one outer product a token."""
+    model: nn.Module = auto_class(model_type).from_pretrained(checkpoint, dtype=torch.float32).eval()
+    layers = {layer.path: layer for layer in find_moe_layers(model)}
+    pairs: dict[str, list[Pair]] = {}
+    routers: dict[str, nn.Module] = {}
+    parameters: dict[str, list[nn.Parameter]] = {}
+    for path, layer in layers.items():
+        experts: Any = model.get_submodule(path)
+        pairs[path] = []
+        experts.forward = plain_experts(experts, layer, pairs[path])
+        parameters[path] = [getattr(experts, layer.up_name), experts.down_proj]
+        shape = (layer.num_experts, layer.hidden_size)
+        block = model.get_submodule(path.rpartition(".")[0])
+        (routers[path],) = (m for m in block.children() if getattr(m, "weight", torch.empty(0)).shape == shape)
+    sums: dict[str, dict[str, Any]] = {path: defaultdict(float) for path in layers}
+    total = 0.0
+
+    def add(into: dict[str, Any], name: str, value: Tensor) -> None:
+        into[name] = into[name] + value.double()
+
+    for ids, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True):
+        for seen in pairs.values():
+            seen.clear()
+        ids = ids[mask][None]
+        log_p = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+        nll = -log_p.gather(-1, ids[:, 1:, None]).sum()
+        model.zero_grad()
+        nll.backward()
+        total += float(nll)
+        for path, layer in layers.items():
+            into, E = sums[path], layer.num_experts
+            up_grad, down_grad = (p.grad.mT if layer.is_transposed else p.grad for p in parameters[path])
+            for name, grad_EMN in (("up", up_grad), ("down", down_grad)):
+                add(into, f"{name}_fisher", grad_EMN.double().square().sum((1, 2)))
+                add(into, f"{name}_fisher_columns", grad_EMN.double().square().sum(1))
+            add(into, "num_sequences", torch.ones(1))
+            router: Any = routers[path]
+            for t in range(ids.shape[1]):
+                x = pairs[path][t * len(pairs[path]) // ids.shape[1]].x
+                logits = router.weight @ x
+                logits = logits + router.bias if getattr(router, "bias", None) is not None else logits
+                add(into, "router_gram", torch.outer(logits.detach(), logits.detach()))
+            for p in pairs[path]:
+                assert p.up.grad is not None
+                assert p.y.grad is not None
+                at = torch.nn.functional.one_hot(torch.tensor(p.expert), E).double()
+                add(into, "num_tokens", at)
+                add(into, "weight_sum", at * p.g)
+                add(into, "saliency_sum", at * p.g * p.norm)
+                into["output_norm_max"] = torch.maximum(at * p.norm, torch.as_tensor(into["output_norm_max"]))
+                for name, z, out, d in (
+                    ("up", p.x, canonical(layer, p.up.detach()), canonical(layer, p.up.grad)),
+                    ("down", p.h, p.y.detach(), p.y.grad),
+                ):
+                    z, out, d = z.double(), out.double(), d.double()
+                    for side, row in (("input", z), ("output", out)):
+                        add(into, f"{name}_{side}_gram", at[:, None, None] * torch.outer(row, row))
+                        add(into, f"{name}_{side}_loss_gram", at[:, None, None] * torch.outer(row, row) * d.square().sum())
+                    add(into, f"{name}_grad_gram", at[:, None, None] * torch.outer(d, d))
+                    add(into, f"{name}_grad_diagonal", at[:, None] * d.square())
+    return total, sums
+
+
+def assert_same(found: Sums, expected: Sums, relative: float) -> None:
+    assert found.keys() == expected.keys()
+    for path, tensors in found.items():
+        for name, tensor in tensors.items():
+            reference = torch.as_tensor(expected[path][name]).double()
+            error = (tensor.double() - reference).abs().max() / reference.abs().max()
+            assert error < relative, f"{path} {name}: off by {error:.1e}"
+
+
+def assert_equal(found: Sums, expected: Sums) -> None:
+    assert found.keys() == expected.keys()
+    for path, tensors in found.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[path][name]), f"{path} {name}"
+
+
+# --- tests -------------------------------------------------------------------------------------------------
+
+
+def test_every_statistic_equals_brute_force(checkpoint: Path, tmp_path: Path) -> None:
+    tokens = padded_tokens()
+    loss, found = calibrate(make_setup(checkpoint, tmp_path, tokens))
+    model_type = checkpoint.name.rstrip("0123456789")
+    expected_loss, expected = brute_force(checkpoint, model_type, tokens)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same(found, expected, 1e-5)
+    for tensors in found.values():
+        for name in tensors:
+            if name.endswith("_gram"):
+                assert torch.equal(tensors[name], tensors[name].mT), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_the_batch_size_changes_nothing(checkpoint: Path, tmp_path: Path, batch_size: int) -> None:
+    tokens = padded_tokens()
+    _, pairs = calibrate(make_setup(checkpoint, tmp_path / "pairs", tokens))
+    _, other = calibrate(make_setup(checkpoint, tmp_path / "other", tokens, batch_size=batch_size))
+    assert_same(other, pairs, 1e-5)
+
+
+def test_more_padding_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    tokens = padded_tokens()
+    wider = TokenBatch(*(nn.functional.pad(t, (0, 3)) for t in (tokens.input_ids, tokens.attention_mask)))
+    _, found = calibrate(make_setup(checkpoint, tmp_path / "narrow", tokens))
+    _, padded = calibrate(make_setup(checkpoint, tmp_path / "wide", wider))
+    assert_same(padded, found, 1e-5)
+
+
+@pytest.mark.parametrize("chunk_layers", [1, 2])
+def test_two_workers_give_the_bytes_of_one(checkpoint: Path, tmp_path: Path, chunk_layers: int) -> None:
+    tokens = padded_tokens()
+    _, one = calibrate(make_setup(checkpoint, tmp_path / "one", tokens))
+    _, two = calibrate(make_setup(checkpoint, tmp_path / "two", tokens, chunk_layers=chunk_layers, num_workers=2))
+    assert_equal(two, one)
+
+
+def test_spilled_activations_change_nothing(mixtral: Path, tmp_path: Path) -> None:
+    tokens = padded_tokens()
+    _, kept = calibrate(make_setup(mixtral, tmp_path / "kept", tokens))
+    _, spilled = calibrate(make_setup(mixtral, tmp_path / "spilled", tokens, activation_bytes=0))
+    assert_equal(spilled, kept)
+
+
+def test_sampled_labels_are_drawn_from_the_model_and_reproducible(mixtral: Path, tmp_path: Path) -> None:
+    tokens = padded_tokens()
+    loss, text = calibrate(make_setup(mixtral, tmp_path / "text", tokens))
+    runs = [calibrate(make_setup(mixtral, tmp_path / str(i), tokens, sampled_seed=s)) for i, s in enumerate((0, 0, 1))]
+    assert len({loss, runs[0][0], runs[2][0]}) == 3
+    assert_equal(runs[1][1], runs[0][1])
+    for path, tensors in text.items():
+        assert torch.equal(runs[0][1][path]["up_input_gram"], tensors["up_input_gram"])
+        assert not torch.allclose(runs[0][1][path]["up_fisher"], tensors["up_fisher"])
+
+
+def test_merged_halves_equal_the_whole(mixtral: Path, tmp_path: Path) -> None:
+    tokens = padded_tokens(4)
+    halves = [TokenBatch(tokens.input_ids[i : i + 2], tokens.attention_mask[i : i + 2]) for i in (0, 2)]
+    setups = [make_setup(mixtral, tmp_path / str(i), half) for i, half in enumerate(halves)]
+    for setup in setups:
+        calibrate(setup)
+    _, whole = calibrate(make_setup(mixtral, tmp_path / "whole", tokens))
+    merged: Sums = {}
+    for layer in LayerWorker(setups[0]).moe.values():
+        first, second = (LayerStatistics.load(layer, statistics_path(s.statistics, layer.path)) for s in setups)
+        first.merge(second)
+        merged[layer.path] = first.tensors
+    assert_same(merged, whole, 1e-6)
+
+
+def test_an_expert_nobody_routes_to_gives_zeros(mixtral: Path, tmp_path: Path) -> None:
+    ids = torch.full((1, 3), 7)
+    _, found = calibrate(make_setup(mixtral, tmp_path, TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool))))
+    idle = {path: tensors["num_tokens"] == 0 for path, tensors in found.items()}
+    assert any(bool(unused.any()) for unused in idle.values())
+    for path, tensors in found.items():
+        for name, tensor in tensors.items():
+            assert tensor.isfinite().all(), name
+            if name not in ("router_gram", "num_sequences"):
+                assert not tensor[idle[path]].any(), name
+
+
+# --- synthetic layers ----------------------------------------------------------------------------------------
+
+WIDE = MoELayer("experts", 3, 300, 280, True, False, False, True)
+NUM_SEQUENCES, SEQUENCE_LENGTH = 4, 40
+
+
+def routed(dtype: torch.dtype) -> RoutedTokens:
+    """Expert 1 sees nothing, expert 2 no token of sequence 0."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.arange(160)[torch.rand(160, generator=generator) < 0.4], torch.arange(0), torch.arange(41, 160, 2)]
+    token_S = torch.cat(tokens)
+
+    def rows(width: int) -> Tensor:
+        return torch.randn(len(token_S), width, generator=generator).to(dtype)
+
+    D, F = WIDE.hidden_size, WIDE.intermediate_size
+    return RoutedTokens(
+        counts=[len(t) for t in tokens],
+        token_S=token_S,
+        weight_S=torch.rand(len(token_S), generator=generator),
+        x_SD=rows(D),
+        up_SM=rows(2 * F),
+        h_SF=rows(F),
+        y_SD=rows(D),
+        d_up_SM=rows(2 * F),
+        d_y_SD=rows(D),
+        output_norm_S=torch.rand(len(token_S), generator=generator),
+        router_logits_TE=None,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_wide_grams_and_fisher_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
+    seen = routed(dtype)
+    statistics = LayerStatistics(WIDE, full=True)
+    statistics.update(seen, NUM_SEQUENCES, SEQUENCE_LENGTH)
+    statistics.complete()
+    for name, z_SN, out_SM, d_SM in (
+        ("up", seen.x_SD, seen.up_SM, seen.d_up_SM),
+        ("down", seen.h_SF, seen.y_SD, seen.d_y_SD),
+    ):
+        parts = [t.double().split(seen.counts) for t in (z_SN, out_SM, d_SM)]
+        sequences = (seen.token_S // SEQUENCE_LENGTH).split(seen.counts)
+        for e, (z, out, d) in enumerate(zip(*parts, strict=True)):
+            power = d.square().sum(1, keepdim=True)
+            grads = [d[sequences[e] == s].T @ z[sequences[e] == s] for s in range(NUM_SEQUENCES)]
+            columns = torch.stack(grads).square().sum((0, 1))
+            expected = {
+                "input_gram": z.T @ z,
+                "input_loss_gram": (z * power).T @ z,
+                "output_gram": out.T @ out,
+                "output_loss_gram": (out * power).T @ out,
+                "grad_gram": d.T @ d,
+                "grad_diagonal": d.square().sum(0),
+                "fisher": columns.sum(),
+                "fisher_columns": columns,
+            }
+            for key, value in expected.items():
+                if f"{name}_{key}" in statistics:
+                    found = statistics[f"{name}_{key}"][e].double()
+                    assert (found - value).abs().max() <= 2e-6 * value.abs().max(), (name, key, e)
+
+
+def test_gradients_that_are_not_finite_are_refused() -> None:
+    seen = routed(torch.float32)
+    seen.d_up_SM[5, 7] = torch.inf
+    with pytest.raises(CalibrationError, match=r"experts: .*NaN or Inf.*calibration.dtype: float32"):
+        LayerStatistics(WIDE, full=False).update(seen, NUM_SEQUENCES, SEQUENCE_LENGTH)
