@@ -13,6 +13,7 @@ from ..job import Job
 from ..methods.d2moe import budget_parameters, fixed_ranks, slots
 from ..model.expert_bank import GROUPS, Group
 from ..progress import Reporter
+from .calibrate import Decomposing
 from .prepare import Prepared
 from .units import Workplace, decompose_group, spectra_path, write_table
 
@@ -20,13 +21,18 @@ Ranks = dict[tuple[str, Group], dict[str, list[int]]]
 """(experts path, group) -> slot -> one rank an expert."""
 
 
-def allocate_ranks(job: Job, prepared: Prepared, place: Workplace, executor: Executor, reporter: Reporter) -> Ranks:
+def allocate_ranks(
+    job: Job, prepared: Prepared, place: Workplace, decomposing: Decomposing, executor: Executor, reporter: Reporter
+) -> Ranks:
     """Decides every rank, from the energies of all layers, experts and projections."""
     options, layers = prepared.recipe.method, prepared.layers
     keys = [(layer, group) for layer in layers for group in GROUPS]
     missing = [k for k in keys if not spectra_path(place.spectra, k[0].path, k[1]).exists()]
     with reporter.stage("allocate", len(missing)) as stage:
-        refs = [executor.submit(decompose_group, place, layer.path, group) for layer, group in missing]
+        refs = [
+            decomposing.get((layer.path, group)) or executor.submit(decompose_group, place, layer.path, group)
+            for layer, group in missing
+        ]
         for _ in executor.results(refs):
             stage.advance()
     owners: list[tuple[str, Group, str, int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import torch
@@ -12,7 +13,7 @@ from ..checkpoint.writer import atomic_write
 from ..errors import CalibrationError
 from ..executor import Executor, Ref, WorkerLost
 from ..job import Job
-from ..model.expert_bank import GROUPS
+from ..model.expert_bank import GROUPS, Group
 from ..progress import Reporter
 from .prepare import Prepared
 from .units import Workplace, decompose_group, statistics_seen
@@ -20,9 +21,16 @@ from .units import Workplace, decompose_group, statistics_seen
 MAX_WORKER_LOSSES = 3
 """How often lost layer workers are replaced before the job gives up."""
 
+Decomposing = dict[tuple[str, Group], Ref]
+"""(experts path, group) -> its decomposition, under way since the statistics were written."""
 
-def calibrate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> Workplace:
-    """Gathers the statistics of every MoE layer, and the energies of its factorisation as soon as they are in."""
+
+def calibrate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> tuple[Workplace, Decomposing]:
+    """Gathers the statistics of every MoE layer; each is decomposed as soon as its statistics are written.
+
+    Raises:
+        CalibrationError: activations are not finite, or workers were lost for good; finished work is kept.
+    """
     recipe, text = prepared.recipe, prepared.recipe.calibration
     full = text.full_covariance == "always" or recipe.method.needs_full_covariance
     sampled = text.seed if text.labels == "sampled" else None
@@ -51,12 +59,12 @@ def calibrate(job: Job, prepared: Prepared, executor: Executor, reporter: Report
         chunk_layers=recipe.cluster.resident_layers,
         num_workers=executor.num_workers,
     )
-    units: list[Ref] = []
+    decomposing: Decomposing = {}
     done = statistics / "done.json"
     if not done.exists():
         for losses in range(MAX_WORKER_LOSSES + 1):
             try:
-                seen = _sweep(setup, place, executor, reporter, units)
+                seen = _sweep(setup, place, executor, reporter, decomposing)
                 break
             except WorkerLost as lost:
                 job.event("worker_lost", reason=str(lost), losses=losses + 1)
@@ -78,11 +86,11 @@ def calibrate(job: Job, prepared: Prepared, executor: Executor, reporter: Report
         job.event("layers_not_reached", layers=unseen)
         reporter.say(f"left as they are, for the text never reaches them: {', '.join(unseen)}")
     prepared.layers = layers
-    return place
+    return place, decomposing
 
 
 def _sweep(
-    setup: CalibrationSetup, place: Workplace, executor: Executor, reporter: Reporter, units: list[Ref]
+    setup: CalibrationSetup, place: Workplace, executor: Executor, reporter: Reporter, decomposing: Decomposing
 ) -> list[str]:
     """One forward and backward of the whole calibration text; the paths of the MoE layers it reached."""
     executor.start_workers(setup)
@@ -127,6 +135,7 @@ def _sweep(
             stage.advance(1, weight[index] / (2 * num_chunks))
             if index in finishing:
                 seen += result
-                units += [executor.submit(decompose_group, place, path, g) for path in result for g in GROUPS]
+                for path, group in itertools.product(result, GROUPS):
+                    decomposing[path, group] = executor.submit(decompose_group, place, path, group)
     executor.stop_workers()
     return seen

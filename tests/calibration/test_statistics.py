@@ -194,7 +194,11 @@ def brute_force(checkpoint: Path, model_type: str, tokens: TokenBatch) -> tuple[
                     z, out, d = z.double(), out.double(), d.double()
                     for side, row in (("input", z), ("output", out)):
                         add(into, f"{name}_{side}_gram", at[:, None, None] * torch.outer(row, row))
-                        add(into, f"{name}_{side}_loss_gram", at[:, None, None] * torch.outer(row, row) * d.square().sum())
+                        add(
+                            into,
+                            f"{name}_{side}_loss_gram",
+                            at[:, None, None] * torch.outer(row, row) * d.square().sum(),
+                        )
                     add(into, f"{name}_grad_gram", at[:, None, None] * torch.outer(d, d))
                     add(into, f"{name}_grad_diagonal", at[:, None] * d.square())
     return total, sums
