@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -26,12 +27,20 @@ Overrides = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from moe_compress import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version)] = False,
 ) -> None:
-    context.obj = debug
+    pass
 
 
 @app.command()
@@ -46,7 +55,9 @@ def compress(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command()
 def plan(
-    recipe: RecipePath, overrides: Overrides = None, as_json: Annotated[bool, typer.Option("--json")] = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Says what a recipe would do, from config and index alone."""
     from moe_compress.plan import make_plan
@@ -62,33 +73,37 @@ def plan(
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, compressed or not.")],
-    text: Annotated[list[str], typer.Option(help="Text files.")],
+    text: Annotated[list[str], typer.Option(help="Text files, or '{dataset: ..., config: ..., split: ...}'.")],
     against: Annotated[str | None, typer.Option(help="The original, to compare with.")] = None,
     sequence_length: Annotated[int, typer.Option(min=2)] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
+    parquet_out: Annotated[Path | None, typer.Option("--parquet", help="Write a row for each window here.")] = None,
 ) -> None:
     """Perplexity of a checkpoint, and its agreement with the original."""
+    import yaml
+
     from moe_compress.errors import RecipeError
 
     from .run import run_evaluation_only
 
-    if json_out is not None and not json_out.absolute().parent.is_dir():
-        raise RecipeError(f"--json {json_out}: its folder does not exist; give a file in a folder that does")
+    for option, file in (("--json", json_out), ("--parquet", parquet_out)):
+        if file is not None and not (file.absolute().parent.is_dir() and not file.is_dir()):
+            raise RecipeError(f"{option} {file}: not a file in a folder that exists; give another path")
     settings = {
-        "text": text,
+        "text": yaml.safe_load(text[0]) if text[0].startswith("{") else text,
         "sequence_length": sequence_length,
         "max_windows": max_windows,
         "batch_size": batch_size,
         "dtype": dtype,
     }
-    scores = run_evaluation_only(checkpoint, against, settings, Console(stderr=True))
-    line = json.dumps(scores.to_dict(), indent=2)
+    scores = run_evaluation_only(checkpoint, against, settings, Console(stderr=True), parquet_out)
+    text_out = json.dumps(scores.to_dict(), indent=2)
     if json_out is not None:
-        json_out.write_text(line + "\n")
-    typer.echo(line)
+        json_out.write_text(text_out + "\n")
+    typer.echo(text_out)
 
 
 @app.command()
@@ -101,10 +116,10 @@ def inspect(checkpoint: Annotated[str, typer.Argument(help="A checkpoint, compre
 
 @app.command()
 def materialize(
-    checkpoint: Annotated[str, typer.Argument(help="A factorised checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="A compressed checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder for the dense stock checkpoint.")],
 ) -> None:
-    """Writes a dense stock checkpoint out of a factorised one. It is not smaller than the original."""
+    """Writes a dense stock checkpoint out of a compressed one. It is not smaller than the original."""
     from moe_compress.materialize import materialize_checkpoint
 
     materialize_checkpoint(checkpoint, output)
@@ -121,17 +136,18 @@ def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> No
 
 def main() -> None:
     """Entry point: turns errors into one readable line and an exit code."""
-    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from moe_compress.errors import MoECompressError
 
     try:
-        app(standalone_mode=False)
+        app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; run the same command again to go on", 1)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         reason = " ".join(str(error).split())
         if isinstance(error, MoECompressError):
             _fail(reason, error.exit_code)

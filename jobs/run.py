@@ -5,25 +5,29 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from moe_compress.checkpoint.reader import resolve_checkpoint
+from moe_compress.calibration.text import TokenBatch
+from moe_compress.checkpoint.reader import CheckpointReader, resolve_checkpoint
 from moe_compress.errors import CheckpointError, RecipeError
 from moe_compress.evaluation.agreement import Scores, merge_scores
 from moe_compress.executor import Executor, InProcess
 from moe_compress.job import Job
 from moe_compress.memory import PeakMemory
+from moe_compress.model.skeleton import load_config
 from moe_compress.pipeline import compress
 from moe_compress.progress import Reporter
 from moe_compress.recipe import Cluster, Evaluation, Recipe, parse_part
 from moe_compress.report.tables import show_job
 from moe_compress.stages.evaluate import run_evaluation
 from moe_compress.stages.prepare import check, check_output, prepare
-from moe_compress.stages.tokens import evaluation_tokens
+from moe_compress.stages.tokens import check_vocabulary, evaluation_tokens
+from moe_compress.stages.units import write_table
 
 
 @contextmanager
@@ -51,26 +55,58 @@ def run(recipe: Recipe, console: Console) -> None:
     inputs = check(recipe)
     check_output(recipe)
     job = Job(recipe)
-    is_new = not job.folder.exists()
+    created = list(takewhile(lambda folder: not folder.exists(), (job.folder, *job.folder.parents)))
     with job.locked(), PeakMemory() as memory, ExitStack() as stack:
+        reporter = Reporter(job, memory=memory)
         try:
-            prepare(job, *inputs)  # its files are there when `compress` asks again
+            prepared = prepare(job, *inputs)  # its files are there when `compress` asks again
             executor = stack.enter_context(executor_for(recipe.cluster))
         except (RecipeError, CheckpointError):
-            if is_new:
-                shutil.rmtree(job.folder)
+            _remove(created)
             raise
-        compress(job, executor, Reporter(job, memory=memory))
+        _tell_short(recipe, prepared.calibration_tokens, reporter)
+        compress(job, executor, reporter)
     show_job(recipe.job_path, console)
 
 
-def run_evaluation_only(checkpoint: str, against: str | None, settings: dict[str, Any], console: Console) -> Scores:
-    """Scores a checkpoint by itself, or beside the original."""
+def _remove(created: list[Path]) -> None:
+    """Removes a job folder and those above it that were made with it, innermost first."""
+    for folder in created[:1]:
+        shutil.rmtree(folder)
+    for folder in created[1:]:
+        with suppress(OSError):  # another job has put something there
+            folder.rmdir()
+
+
+def _tell_short(recipe: Recipe, tokens: Path, reporter: Reporter) -> None:
+    found, asked = len(TokenBatch.load(tokens).input_ids), recipe.calibration.num_sequences
+    if found < asked:
+        reporter.say(f"calibration.num_sequences: the text has {found} of the {asked} sequences asked for")
+
+
+def run_evaluation_only(
+    checkpoint: str, against: str | None, settings: dict[str, Any], console: Console, parquet: Path | None = None
+) -> Scores:
+    """Scores a checkpoint by itself, or beside the original.
+
+    Args:
+        checkpoint, against: folders or hub ids.
+        settings: the `evaluation` part of a recipe.
+        console: for progress.
+        parquet: file for the table of windows, if wanted.
+    """
     evaluation = parse_part(Evaluation, settings)
     folder = resolve_checkpoint(checkpoint)
     original = None if against is None else resolve_checkpoint(against)
+    num_ids = _vocabulary(folder)
+    if original is not None and _vocabulary(original) != num_ids:
+        raise RecipeError(
+            f"--against {against}: its vocabulary has {_vocabulary(original)} tokens and that of {checkpoint} has"
+            f" {num_ids}; give the checkpoint it was made from"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         tokens = evaluation_tokens(evaluation, folder, Path(scratch))
+        check_vocabulary(folder, num_ids, tokens)
         with executor_for(Cluster(local=True)) as executor:
             table = run_evaluation(
                 folder,
@@ -81,5 +117,13 @@ def run_evaluation_only(checkpoint: str, against: str | None, settings: dict[str
                 "auto",
                 executor,
                 Reporter(None, console),
+                evaluation.generate,
             )
+    if parquet is not None:
+        write_table(parquet, table)
     return merge_scores(table)
+
+
+def _vocabulary(checkpoint: Path) -> int:
+    size: int = load_config(CheckpointReader(checkpoint)).get_text_config().vocab_size
+    return size

@@ -50,28 +50,30 @@ def error(item: Item, rank: int) -> float:
     return 0.0 if rank == DENSE else float(item.energy[rank:].sum(dtype=np.float64))
 
 
-def hull(item: Item) -> tuple[int, float, float]:
-    """Last rank on the convex hull before the whole matrix.
+def segments(item: Item) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The steps along the convex hull: single directions while they pay, then the rest of the whole matrix at once.
 
     Returns:
-        (r, parameters from r to dense, error removed by that step).
+        (S,) error removed a parameter, never rising, and (S,) parameters.
     """
-    step = item.num_rows + item.num_columns
+    width = item.num_rows + item.num_columns
     energy = item.energy.astype(np.float64)
-    left = np.concatenate([[energy.sum()], energy.sum() - energy.cumsum()]).clip(min=0)
-    ranks = np.arange(len(energy))
-    to_dense = item.dense_parameters - ranks * step
-    usable = to_dense > step
+    left = np.append(energy[::-1].cumsum()[::-1], 0.0)
+    to_dense = item.dense_parameters - width * np.arange(len(left))
     # From rank r the next direction is taken as long as it removes more a parameter than going dense at once.
-    worth = usable & (energy / step >= left[:-1] / np.where(usable, to_dense, 1))
-    stop = int(np.argmin(worth)) if not worth.all() else len(energy)
-    return stop, float(item.dense_parameters - stop * step), float(left[stop])
+    pays = (to_dense[1:] > 0) & (energy / width >= left[:-1] / np.maximum(to_dense[:-1], 1))
+    rank = int(np.argmin(np.append(pays, False)))
+    gain = np.append(energy[:rank] / width, left[rank] / to_dense[rank])
+    cost = np.append(np.full(rank, width), to_dense[rank])
+    return np.minimum.accumulate(gain), cost  # rounding must not let the last step overtake those it builds on
 
 
 def allocate(items: list[Item], budget: int) -> list[int]:
     """Ranks (DENSE for the whole matrix) that leave the least error within `budget` parameters.
 
-    The order of equal segments is that of the items: the same items give the same ranks.
+    Segments are bought in the order of what they gain a parameter; once one is too dear, those behind it that still
+    fit are bought. So what is left over buys no further segment, and a larger budget never leaves more error. Equal
+    segments are bought in the order of the items: the same items give the same ranks.
 
     Args:
         items: matrices with energies in one unit.
@@ -80,50 +82,23 @@ def allocate(items: list[Item], budget: int) -> list[int]:
     Returns:
         One rank an item.
     """
-    gains: list[NDArray[np.float64]] = []
-    costs: list[NDArray[np.int64]] = []
-    owners: list[NDArray[np.int64]] = []
-    steps: list[NDArray[np.int64]] = []
-    for index, item in enumerate(items):
-        stop, dense_cost, dense_gain = hull(item)
-        width = item.num_rows + item.num_columns
-        gains += [item.energy[:stop].astype(np.float64) / width, np.array([dense_gain / dense_cost])]
-        costs += [np.full(stop, width), np.array([dense_cost], dtype=np.int64)]
-        owners.append(np.full(stop + 1, index))
-        steps.append(np.arange(stop + 1))
-    gain, cost = np.concatenate(gains), np.concatenate(costs).astype(np.int64)
-    owner, step = np.concatenate(owners), np.concatenate(steps)
-    # Along one item gains never rise, so a stable sort keeps its segments in order.
-    order = np.lexsort((step, owner, -_monotone(gain, owner)))
-    whole = int(np.searchsorted(cost[order].cumsum(), budget, side="right"))
-    taken = np.zeros(len(cost), dtype=bool)
-    taken[order[:whole]] = True
-    budget -= int(cost[order[:whole]].sum())
-    cheapest = int(cost.min(initial=budget + 1))
-    closed: set[int] = set()
-    for position in order[whole:]:  # what is left over buys the best segments that still fit
-        if budget < cheapest:
-            break
-        index = int(owner[position])
-        if index in closed:
-            continue
-        if cost[position] > budget:
-            closed.add(index)  # later segments of this item build on this one
-            continue
-        budget -= int(cost[position])
-        taken[position] = True
-    counts = np.bincount(owner[taken], minlength=len(items))
-    segments = np.bincount(owner, minlength=len(items))
-    return [DENSE if n == full else int(n) for n, full in zip(counts, segments, strict=True)]
-
-
-def _monotone(gain: NDArray[np.float64], owner: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Rounding must not let a later segment of an item overtake an earlier one."""
-    out = gain.copy()
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(out)], strict=True):
-        np.minimum.accumulate(out[start:stop], out=out[start:stop])
-    return out
+    gains, costs = zip(*map(segments, items), strict=True)
+    num_segments = np.array([len(cost) for cost in costs])
+    gain, cost = np.concatenate(gains), np.concatenate(costs)
+    owner = np.repeat(np.arange(len(items)), num_segments)
+    step = np.arange(len(cost)) - np.repeat(num_segments.cumsum() - num_segments, num_segments)
+    order = np.argsort(-gain, kind="stable")
+    spent = cost[order].cumsum()
+    num_whole = int(np.searchsorted(spent, budget, side="right"))
+    bought = np.bincount(owner[order[:num_whole]], minlength=len(items))
+    budget -= int(spent[num_whole - 1]) if num_whole else 0
+    rest = order[num_whole:]
+    for position in rest[cost[rest] <= budget]:
+        index = owner[position]
+        if cost[position] <= budget and step[position] == bought[index]:  # a segment builds on those before it
+            budget -= int(cost[position])
+            bought[index] += 1
+    return [DENSE if n == full else int(n) for n, full in zip(bought, num_segments, strict=True)]
 
 
 def uniform_rank(num_rows: int, num_columns: int, num_experts: int, ratio: float, has_base: bool) -> int:

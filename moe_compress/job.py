@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.writer import atomic_write
-from .errors import RecipeError
+from .errors import MoECompressError, RecipeError
 from .recipe import Recipe
 
 FORMAT = 1
@@ -53,7 +53,8 @@ class Job:
         """Holds the folder's lock. The kernel gives it back when the process dies, however it dies.
 
         Raises:
-            RecipeError: another job works on the folder, or it cannot be written.
+            MoECompressError: another job works on the folder.
+            RecipeError: it cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 lock.seek(0)
-                raise RecipeError(
+                raise MoECompressError(
                     f"job_dir: {self.folder} is in use by process {lock.read().strip() or '?'}; wait for it"
                     " or give this job its own job_dir"
                 ) from None

@@ -9,12 +9,12 @@ from __future__ import annotations
 from .executor import Executor
 from .job import Job
 from .progress import Reporter
-from .stages.allocate import allocate_ranks
 from .stages.assemble import assemble
 from .stages.calibrate import calibrate
 from .stages.compress import compress_layers
 from .stages.evaluate import evaluate
 from .stages.prepare import check, check_output, prepare
+from .stages.schemes import scheme_of
 from .stages.summary import summarise
 
 
@@ -28,9 +28,10 @@ def compress(job: Job, executor: Executor, reporter: Reporter) -> None:
     reader, skeleton, layers = check(job.recipe)
     check_output(job.recipe)
     prepared = prepare(job, reader, skeleton, layers)
-    place, decomposing = calibrate(job, prepared, executor, reporter)
-    ranks = allocate_ranks(job, prepared, place, decomposing, executor, reporter)
-    shards = compress_layers(job, prepared, place, ranks, executor, reporter)
-    assemble(prepared, shards, ranks, reporter)
+    scheme = scheme_of(job, prepared)
+    pending = calibrate(job, prepared, scheme, executor, reporter)
+    decision = scheme.decide(pending, executor, reporter)
+    shards = compress_layers(job, prepared, decision, executor, reporter)
+    assemble(prepared, shards, decision, reporter)
     scores = evaluate(job, prepared, executor, reporter)
     summarise(job, prepared, scores, reporter)

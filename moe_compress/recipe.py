@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from .errors import RecipeError
+from .method_options import METHODS, Method, Part
 
-Base = Literal["none", "mean", "frequency", "fisher", "fisher_frequency", "closed_form"]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+SomePart = TypeVar("SomePart", bound=Part)
 
 
-Part = TypeVar("Part", bound=_Part)
-
-
-class DatasetText(_Part):
+class DatasetText(Part):
     """Text of a `datasets` name."""
 
     dataset: str
@@ -36,18 +31,56 @@ class DatasetText(_Part):
 Text = list[str] | DatasetText
 
 
-def _as_list(value: Any) -> Any:
-    if not value:
+def _as_text(value: Any) -> Any:
+    if not value or not isinstance(value, str | list | dict | DatasetText):
         raise ValueError("names no text; give a file, a list of files or a dataset")
-    return [value] if isinstance(value, str) else value
+    files = [value] if isinstance(value, str) else value
+    return [_at_home(file) for file in files] if isinstance(files, list) else files
 
 
-class Calibration(_Part):
+def _at_home(path: Any) -> Any:
+    """The path with a leading ~ spelled out."""
+    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
+
+
+def _named(path: Any) -> Any:
+    if path == "":
+        raise ValueError("names nothing; give a path")
+    return _at_home(path)
+
+
+def _on_disk(path: Any) -> Any:
+    if isinstance(path, str) and "://" in path:
+        raise ValueError("object stores are not written to; give a folder of a disk or a mount")
+    return _named(path)
+
+
+ModelName = Annotated[str, BeforeValidator(_named)]
+"""A folder, or a hub id."""
+
+Folder = Annotated[str, BeforeValidator(_on_disk)]
+"""A folder to write."""
+
+
+class TextPairs(Part):
+    """What the text of an encoder-decoder model is: rows of two fields, in .jsonl, .jsonl.gz, .parquet or a dataset.
+
+    `sequence_length` is then the most tokens of a source and of a target. Other models take no notice.
+
+    Attributes:
+        source_field, target_field: what the rows call the two texts.
+    """
+
+    source_field: str = "source"
+    target_field: str = "target"
+
+
+class Calibration(TextPairs):
     """The text whose statistics every method lives on.
 
     Attributes:
-        text: files (.txt, .jsonl, .parquet, each also .gz) or a dataset.
-        num_sequences, sequence_length: how much of it, in tokens.
+        text: files (.txt, .jsonl, .parquet, each also .gz) or a dataset; of pairs for an encoder-decoder model.
+        num_sequences, sequence_length: how much of it: sequences (or pairs), and tokens of each.
         batch_size: sequences a micro-batch; bounds the memory of activations, changes no statistic but by rounding.
         seed: of the order of documents and of sampled labels.
         dtype: to compute in; `auto` is the checkpoint's own.
@@ -67,94 +100,30 @@ class Calibration(_Part):
     full_covariance: Literal["auto", "always"] = "auto"
     activation_memory_gb: float = Field(0.25, ge=0)
 
-    _listed = field_validator("text", mode="before")(_as_list)
+    _listed = field_validator("text", mode="before")(_as_text)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2502.17298, section 3: Fisher-weighted base, deltas whitened by the input covariance, one rank for all.
-    "paper": {"base": "fisher", "weighting": "input", "ranks": "uniform", "gate_up": "separate"},
-}
-
-
-class D2MoE(_Part):
-    """D2-MoE: every expert is a shared base plus a low-rank delta.
-
-    The defaults are what measures best, not the paper's; `preset: paper` gives the paper's.
-
-    Attributes:
-        ratio: fraction of the routed-expert parameters to remove.
-        base: what the experts of a layer share. With `none` the experts themselves are factorised.
-        weighting: covariance the truncation minimises the error under: `loss` weighs each token by the squared
-            gradient at the projection's output, `input` takes all tokens alike, `none` is plain SVD.
-        ranks: `allocated` spends one byte budget over layers, experts and projections by error reduction a byte;
-            `uniform` gives the same rank to all; `full` keeps every direction (takes no ratio).
-        gate_up: factorise gate and up as one matrix with a shared right factor, or apart.
-        align: permute each expert's channels towards the layer's most used expert before the base is taken.
-        damping: relative to the mean of a covariance's diagonal, where it is inverted.
-        min_tokens: experts that saw fewer shrink towards the mean covariance of their layer.
-    """
-
-    name: Literal["d2moe"]
-    preset: Literal["default", "paper"] = "default"
-    ratio: float | None = None
-    base: Base = "none"
-    weighting: Literal["loss", "input", "none"] = "loss"
-    ranks: Literal["allocated", "uniform", "full"] = "allocated"
-    gate_up: Literal["joint", "separate"] = "joint"
-    align: bool = False
-    damping: float = Field(1e-5, ge=0, le=1)
-    min_tokens: int = Field(64, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("preset") in PRESETS:
-            return {**PRESETS[data["preset"]], **data}
-        return data
-
-    @field_validator("ratio", mode="before")
-    @classmethod
-    def _is_number(cls, value: Any) -> Any:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError("must be a number between 0 and 1, exclusive, such as 0.4")
-        return value
-
-    @model_validator(mode="after")
-    def _ratio_fits(self) -> D2MoE:
-        if self.ranks == "full":
-            if self.ratio is not None:
-                raise ValueError("ratio: ranks: full keeps everything; leave ratio out")
-        elif self.ratio is None:
-            raise ValueError("ratio: missing; give the fraction of expert parameters to remove, such as 0.4")
-        elif not 0 < self.ratio < 1:
-            raise ValueError(f"ratio: {self.ratio} is not between 0 and 1, exclusive; give a fraction such as 0.4")
-        return self
-
-    @property
-    def needs_full_covariance(self) -> bool:
-        """A base makes deltas, whose output covariance can only be had from the input's."""
-        return self.base != "none" or self.weighting == "none"
-
-
-class Evaluation(_Part):
+class Evaluation(TextPairs):
     """What perplexity and agreement with the original are measured on.
 
     Attributes:
-        text: files (tokenised as one string) or a dataset.
+        text: files (tokenised as one string) or a dataset; of pairs for an encoder-decoder model.
         sequence_length: tokens a window; windows do not overlap.
-        max_windows: only the first so many windows; None for the whole text.
+        max_windows: only the first so many windows (or pairs); None for the whole text.
+        generate: for so many pairs, the first ones, the target is also generated greedily and compared.
     """
 
     text: Annotated[Text, Field(union_mode="left_to_right")]
     sequence_length: int = Field(2048, ge=2)
     max_windows: int | None = Field(None, ge=1)
+    generate: int = Field(0, ge=0)
     batch_size: int = Field(8, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
 
-    _listed = field_validator("text", mode="before")(_as_list)
+    _listed = field_validator("text", mode="before")(_as_text)
 
 
-class Cluster(_Part):
+class Cluster(Part):
     """Where the job runs.
 
     Attributes:
@@ -175,27 +144,27 @@ class Cluster(_Part):
     device: str = "auto"
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """A job: which checkpoint, how small, where to."""
 
-    model: str
-    output: str
-    job_dir: str | None = None
+    model: ModelName
+    output: Folder
+    job_dir: Folder | None = None
     calibration: Calibration
-    method: D2MoE
+    method: Method
     evaluation: Evaluation | None = None
     cluster: Cluster = Cluster()
 
     @property
     def output_path(self) -> Path:
         """Folder the compressed checkpoint appears at."""
-        return Path(self.output).expanduser().absolute()
+        return Path(self.output).absolute()
 
     @property
     def job_path(self) -> Path:
         """The workspace; `<output>.job` unless given."""
         if self.job_dir is not None:
-            return Path(self.job_dir).expanduser().absolute()
+            return Path(self.job_dir).absolute()
         return self.output_path.with_name(self.output_path.name + ".job")
 
     def to_yaml(self) -> str:
@@ -218,9 +187,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not YAML ({_one_line(str(error))}); see recipes/") from error
+        raise RecipeError(f"recipe {path}: not YAML ({_one_line(str(error))}); see jobs/recipes/") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path}: holds {type(data).__name__}, not a mapping of keys; see recipes/")
+        raise RecipeError(f"recipe {path}: holds {type(data).__name__}, not a mapping of keys; see jobs/recipes/")
     for override in overrides:
         _override(data, override)
     return parse_recipe(data)
@@ -233,15 +202,19 @@ def parse_recipe(data: dict[str, Any]) -> Recipe:
         RecipeError: field, value, rule and fix of the first thing that is wrong.
     """
     method = data.get("method")
-    if isinstance(method, dict) and method.get("name") not in (None, "d2moe"):
-        raise RecipeError(f"method.name: '{method['name']}' is not a method; the methods are: d2moe")
+    if isinstance(method, dict) and method.get("name") not in [*METHODS]:
+        names = ", ".join(METHODS)
+        if "name" not in method:
+            raise RecipeError(f"method.name: missing; this key is required; the methods are: {names}")
+        raise RecipeError(f"method.name: '{method['name']}' is not a method; the methods are: {names}")
     try:
-        return Recipe.model_validate(data)
+        # a part whose every line is commented out is null
+        return Recipe.model_validate({key: value for key, value in data.items() if value is not None})
     except ValidationError as error:
         raise RecipeError(_explain(error)) from None
 
 
-def parse_part(kind: type[Part], data: dict[str, Any]) -> Part:
+def parse_part(kind: type[SomePart], data: dict[str, Any]) -> SomePart:
     """Validates one part of a recipe by itself.
 
     Raises:
@@ -260,9 +233,11 @@ def _override(data: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     here = data
     for parent in parents:
-        here = here.setdefault(parent, {})
+        if here.get(parent) is None:
+            here[parent] = {}
+        here = here[parent]
         if not isinstance(here, dict):
-            raise RecipeError(f"--set '{override}': '{parent}' is a value and holds no keys; see recipes/")
+            raise RecipeError(f"--set '{override}': '{parent}' is a value and holds no keys; see jobs/recipes/")
     try:
         here[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -270,9 +245,14 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    # A union reports every branch; the shortest path with a real complaint is the one a person meant.
-    first = min(error.errors(), key=lambda e: (e["type"] == "missing", len(e["loc"])))
-    parts = [str(part) for part in first["loc"] if part not in ("list[str]", "DatasetText")]
+    # A union reports every branch: first those of the kind that was given, and of those the shortest path with a
+    # real complaint, which is the one a person meant.
+    def unlikely(e: ErrorDetails) -> tuple[bool, bool, int]:
+        is_other_branch = e["type"] in ("list_type", "model_type") and isinstance(e["input"], dict | list)
+        return is_other_branch, e["type"] == "missing", len(e["loc"])
+
+    first = min(error.errors(), key=unlikely)
+    parts = [str(part) for part in first["loc"] if part not in ("list[str]", "DatasetText", *METHODS)]
     where = ".".join(parts)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -280,6 +260,8 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: unknown key; known here: {', '.join(known)}"
     if first["type"] == "missing":
         return f"{where}: missing; this key is required"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
     if first["type"] == "value_error" and message.startswith("ratio:"):
         return f"{where}.{message}"
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
@@ -290,6 +272,8 @@ def _fields(location: tuple[int | str, ...]) -> set[str]:
     for part in location:
         if part == "DatasetText":
             return set(DatasetText.model_fields)
+        if part in METHODS:
+            return set(METHODS[str(part)].model_fields)
         annotation = getattr(model, "model_fields", {}).get(part)
         if annotation is None:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from moe_compress.materialize import materialize_checkpoint
 from tests.conftest import Checkpoint, Compress
 from tests.tiny_models import auto_class, token_ids
 
-METHODS: dict[str, dict[str, Any]] = {
-    "mixtral": {"ratio": 0.5},
-    "qwen3_moe": {"ratio": 0.4, "base": "mean", "gate_up": "separate"},
-    "gpt_oss": {"ratio": 0.3, "base": "closed_form"},
-    "nemotron_h": {"ratio": 0.5},
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "factorised": ("mixtral", {"ratio": 0.5}),
+    "based": ("qwen3_moe", {"ratio": 0.4, "base": "mean", "gate_up": "separate"}),
+    "biased": ("gpt_oss", {"ratio": 0.3, "base": "closed_form"}),
+    "ungated": ("nemotron_h", {"ratio": 0.5}),
+    "merged": ("olmoe", {"name": "msmoe", "ratio": 0.5}),
+    "merged biased": ("gpt_oss", {"name": "msmoe", "ratio": 0.5}),
+    "sparse": ("qwen3_moe", {"name": "mcsmoe", "ratio": 0.6}),
 }
 
 STOCK_LOADER = """
@@ -42,53 +46,63 @@ assert not any(name.startswith("moe_compress") for name in sys.modules)
 
 
 @pytest.fixture(scope="module")
-def dense(compressed: Compress, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dense form of each of METHODS, by model type, and the logits that stock transformers gets from them."""
+def small(compressed: Compress) -> Callable[[str], Path]:
+    """The compressed checkpoint of one of METHODS."""
+    return lambda name: compressed(METHODS[name][0], **METHODS[name][1])
+
+
+@pytest.fixture(scope="module")
+def dense(small: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense form of each of METHODS, by name, and the logits that stock transformers gets from them."""
     root = tmp_path_factory.mktemp("dense")
-    for model_type, method in METHODS.items():
-        materialize_checkpoint(compressed(model_type, **method), root / model_type)
+    for name in METHODS:
+        materialize_checkpoint(small(name), root / name)
     assert {path.name for path in root.iterdir()} == METHODS.keys()
-    arguments = [json.dumps(token_ids().tolist()), *(str(root / model_type) for model_type in METHODS)]
+    arguments = [json.dumps(token_ids().tolist()), *(str(root / name) for name in METHODS)]
     done = subprocess.run([sys.executable, "-c", STOCK_LOADER, *arguments], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     return root
 
 
-@pytest.mark.parametrize("model_type", METHODS)
-def test_stock_transformers_computes_the_same_logits(model_type: str, dense: Path, compressed: Compress) -> None:
-    factorised = auto_class(model_type).from_pretrained(
-        compressed(model_type, **METHODS[model_type]), dtype=torch.float32
-    )
+@pytest.mark.parametrize("name", METHODS)
+def test_stock_transformers_computes_the_same_logits(name: str, dense: Path, small: Callable[[str], Path]) -> None:
+    model = auto_class(METHODS[name][0]).from_pretrained(small(name), dtype=torch.float32)
     with torch.no_grad():
-        expected = factorised(input_ids=token_ids()).logits
-    found = load_file(dense / f"{model_type}.logits")["logits"]
+        expected = model(input_ids=token_ids()).logits
+    found = load_file(dense / f"{name}.logits")["logits"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", METHODS)
-def test_only_the_experts_change(model_type: str, dense: Path, compressed: Compress, tiny: Checkpoint) -> None:
-    source = compressed(model_type, **METHODS[model_type])
-    before, after, original = (CheckpointReader(f) for f in (source, dense / model_type, tiny(model_type)))
+@pytest.mark.parametrize("name", METHODS)
+def test_only_the_experts_change(name: str, dense: Path, small: Callable[[str], Path], tiny: Checkpoint) -> None:
+    source, model_type = small(name), METHODS[name][0]
+    before, after, original = (CheckpointReader(folder) for folder in (source, dense / name, tiny(model_type)))
     layers = before.config["quantization_config"]["layers"]
-    up = "up_proj" if model_type == "nemotron_h" else "gate_up_proj"
-    made = {f"{path}.{name}" for path in layers for name in (up, "down_proj")}
-    assert made <= after.entries.keys()
+    made = {key for key in after.entries if key.rpartition(".")[0] in layers}
+    assert {key.rpartition(".")[0] for key in made} == layers.keys()
     assert after.total_bytes == original.total_bytes
-    for name in after.entries.keys() - made:
-        assert torch.equal(after.entries[name].read(), original.entries[name].read()), name
+    for key in after.entries.keys() - made:
+        assert torch.equal(after.entries[key].read(), original.entries[key].read()), key
     assert after.config == {key: value for key, value in before.config.items() if key != "quantization_config"}
     assert (after.folder / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert not (after.folder / "moe_compress.json").exists()
 
 
+def test_a_shorter_router_is_refused(compressed: Compress, tmp_path: Path) -> None:
+    source = compressed("mixtral", name="prune", ratio=0.5, router="slice")
+    with pytest.raises(CheckpointError, match=r"the router of model\.layers\.0\.mlp\.experts is shorter"):
+        materialize_checkpoint(source, tmp_path / "dense")
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_ordinary_checkpoint_is_refused(tiny: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a factorised one"):
+    with pytest.raises(CheckpointError, match="a stock checkpoint already"):
         materialize_checkpoint(tiny("mixtral"), tmp_path / "dense")
     assert not any(tmp_path.iterdir())
 
 
-def test_the_output_must_be_free(compressed: Compress, tmp_path: Path) -> None:
-    source = compressed("mixtral", **METHODS["mixtral"])
+def test_the_output_must_be_free(small: Callable[[str], Path], tmp_path: Path) -> None:
+    source = small("factorised")
     (tmp_path / "file").write_text("")
     for output, reason in ((tmp_path, "exists"), (tmp_path / "file" / "below", "Not a directory")):
         with pytest.raises(RecipeError, match=reason):
@@ -96,8 +110,8 @@ def test_the_output_must_be_free(compressed: Compress, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_failure_half_way_leaves_nothing(compressed: Compress, tmp_path: Path) -> None:
-    source = compressed("mixtral", **METHODS["mixtral"])
+def test_a_failure_half_way_leaves_nothing(small: Callable[[str], Path], tmp_path: Path) -> None:
+    source = small("factorised")
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in source.iterdir():

@@ -15,15 +15,11 @@ from moe_compress.checkpoint import CheckpointReader
 from moe_compress.errors import RecipeError
 from moe_compress.executor import InProcess
 from moe_compress.job import Job
-from moe_compress.methods.d2moe import check_ratio
-from moe_compress.model.skeleton import Skeleton
 from moe_compress.pipeline import compress
 from moe_compress.plan import Plan, make_plan
-from moe_compress.plan.sizes import highest_ratio
 from moe_compress.progress import Reporter
-from moe_compress.recipe import D2MoE, Recipe, parse_part, parse_recipe
+from moe_compress.recipe import Recipe, parse_recipe
 from tests.conftest import Checkpoint
-from tests.tiny_models import save_tiny
 
 MIXTRAL = {
     "architectures": ["MixtralForCausalLM"],
@@ -200,7 +196,9 @@ def test_figures_of_mixtral_by_hand(mixtral_layout: Path) -> None:
     assert worker["resident layers"] == 2 * layer
     assert worker["embeddings and head"] == 2 * (2 * 32000 * 4096 + 4096)
     grams = 4 * 8 * (2 * 4096**2 + 28672 + 2 * 4096**2 + 4096**2)  # up by its input, down by its output
-    assert worker["statistics"] == grams + 8 * 8**2
+    vectors = 4 * 8 * (2 * 4096 + 14336) + 8 * 8**2
+    sampled = 1024 * (2 * 4096 + 2 * (2 + 8))
+    assert worker["statistics"] == grams + vectors + sampled
     active = 12.88e9 - 32000 * 4096
     attention = 2 * 32 * 2048 * 4096
     assert plan.flops["calibrate: model"] == pytest.approx(3 * num_tokens * (2 * active + attention), rel=2e-3)
@@ -221,41 +219,34 @@ def test_memory_follows_what_the_recipe_changes(mixtral_layout: Path) -> None:
     assert worker(dtype="float32")["resident layers"] == 2 * small["resident layers"]
 
 
-@pytest.mark.parametrize("options", [{"base": "mean"}, {"preset": "paper"}, {"ranks": "uniform"}, {}])
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "nemotron_h"])
-def test_the_highest_ratio_is_where_checking_begins_to_refuse(
-    model_type: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    layers = Skeleton(CheckpointReader(save_tiny(model_type, tmp_path))).moe_layers()
-
-    def method(ratio: float) -> D2MoE:
-        return parse_part(D2MoE, {"name": "d2moe", "ratio": ratio, **options})
-
-    highest = highest_ratio(layers, method(0.1))
-    check_ratio(layers, method(highest - 1e-6))
-    if highest < 1:
-        with pytest.raises(RecipeError, match=r"method\.ratio"):
-            check_ratio(layers, method(highest + 1e-6))
-
-
 def test_an_impossible_ratio_is_refused(mixtral_layout: Path) -> None:
     with pytest.raises(RecipeError, match="highest possible"):
         make_plan(recipe_for(mixtral_layout, method={"name": "d2moe", "ratio": 0.9, "base": "mean"}))
 
 
-METHODS = [{"ratio": 0.4}, {"ratio": 0.5, "base": "mean"}, {"ratio": 0.4, "preset": "paper"}, {"ranks": "full"}]
+METHODS = [
+    {"name": "d2moe", "ratio": 0.4},
+    {"name": "d2moe", "ratio": 0.5, "base": "mean"},
+    {"name": "d2moe", "ratio": 0.4, "preset": "paper"},
+    {"name": "d2moe", "ranks": "full"},
+    {"name": "msmoe", "ratio": 0.3},
+    {"name": "msmoe", "ratio": 0.5, "counts": "uniform", "router": "slice"},
+    {"name": "mcsmoe", "ratio": 0.5},
+    {"name": "prune", "ratio": 0.5},
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_the_output_is_as_large_as_planned(
-    method: dict[str, Any], tiny: Checkpoint, text_file: Path, tmp_path: Path
+    model_type: str, method: dict[str, Any], tiny: Checkpoint, text_file: Path, tmp_path: Path
 ) -> None:
-    model = tiny("mixtral")
+    model = tiny(model_type)
     recipe = recipe_for(
         model,
         output=str(tmp_path / "small"),
         calibration={"text": str(text_file), "num_sequences": 8, "sequence_length": 32},
-        method={"name": "d2moe", **method},
+        method=method,
         evaluation=None,
         cluster={"local": True},
     )
@@ -268,7 +259,24 @@ def test_the_output_is_as_large_as_planned(
     assert total(plan, "bytes_after") == pytest.approx(output.total_bytes, rel=0.01)
     assert plan.disk_bytes["output"] == total(plan, "bytes_after")
     statistics = sum(path.stat().st_size for path in recipe.job_path.glob("statistics-*/*.safetensors"))
-    assert plan.disk_bytes["statistics"] == pytest.approx(statistics, rel=0.15)  # beside the vectors, the headers
+    assert plan.disk_bytes["statistics"] == pytest.approx(statistics, rel=0.1)  # beside the sums, the headers
+    spectra = recipe.job_path.glob("spectra-*/*.parquet")
+    assert any(spectra) == (plan.disk_bytes["spectra"] > 0)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
+def test_every_method_is_planned_from_config_and_index(
+    method: dict[str, Any], mixtral_layout: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(recipe_for(mixtral_layout, method=method))
+    experts = next(part for part in plan.parts if part.name == "routed experts")
+    if "ratio" in method:
+        assert experts.parameters_after == pytest.approx((1 - method["ratio"]) * experts.parameters, rel=0.003)
+    console = Console(record=True, width=160)
+    plan.show(console)
+    assert f"{experts.parameters_after:,}" in console.export_text()
+    assert (plan.flops["merge: alignment"] > 0) == (method["name"] in ("msmoe", "mcsmoe"))
+    assert (plan.flops["factorise: products"] > 0) == (method["name"] in ("d2moe", "mcsmoe"))
 
 
 def total(plan: Plan, field: str) -> int:

@@ -6,6 +6,7 @@ down, g router weight, d_u and d_y gradients of the summed log-likelihood (METHO
     num_tokens          n_e
     weight_sum          sum g                            saliency_sum     sum g ||expert_e(x)||   (REAP)
     output_norm_max     max ||expert_e(x)||              router_gram      H H^T, H router logits (E, T)
+    input_sum           sum x                            taylor_sum       sum (d_y . y)^2
     *_gram              sum z z^T                        *_loss_gram      sum ||d||^2 z z^T
     *_grad_gram         sum d d^T                        *_grad_diagonal  its diagonal
     *_fisher            sum over sequences ||sum_t d z^T||^2, the squared norm of the gradient of the weights
@@ -24,18 +25,19 @@ workers. Cost a routed pair: four or five products with the smaller side's squar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint.writer import write_shard
 from ..errors import CalibrationError
 from ..model.discovery import MoELayer
+from ..model.grouped import TILE_ROWS, is_tiled
 from ..model.observer import RoutedTokens
 
 Side = Literal["input", "output"]
@@ -43,8 +45,18 @@ Side = Literal["input", "output"]
 _GROUP_ELEMENTS = 2**20
 """Elements of padded sequences that the Fisher sums hold in fp32 at a time: few enough to stay in a CPU's cache."""
 
-_STRIP_COLUMNS = 256
-"""Width of the strips that a Gram grows by: wide enough for a fast product, few elements above the diagonal."""
+_CACHED_ROWS = 128
+"""Rows at a time of what is done between two products."""
+
+_STRIP_COLUMNS, _STRIP_ROWS = 256, 128
+"""Width of the strips that Grams are made of: wide enough for a fast product, few elements above the diagonal."""
+
+
+SAMPLED = ("sample_hidden", "sample_index", "sample_weights")
+"""What the experts were called with at the sampled tokens: (n, D), (n, top_k) and (n, top_k), as the model had it."""
+
+SAMPLE_TOKENS = 1024
+"""About as many tokens of a calibration text are sampled."""
 
 
 def up_side(layer: MoELayer) -> Side:
@@ -85,27 +97,38 @@ class LayerStatistics:
         layer: the layer.
         full: also the input Grams on the larger side.
         device: where the sums are kept while they grow.
+        sample_stride: every so-many-th token is kept whole, for comparing experts on the same tokens.
 
     Attributes:
         tensors: the sums by name; see the head of this file.
     """
 
-    def __init__(self, layer: MoELayer, full: bool, device: str | torch.device = "cpu") -> None:
-        self.layer, self.full = layer, full
+    def __init__(self, layer: MoELayer, full: bool, device: str | torch.device = "cpu", sample_stride: int = 1) -> None:
+        self.layer, self.full, self.sample_stride = layer, full, sample_stride
         E, F, D = layer.num_experts, layer.intermediate_size, layer.hidden_size
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tensors: dict[str, Tensor] = {"num_tokens": zeros(E, dtype=torch.int64)}
-        for name in ("weight_sum", "saliency_sum", "output_norm_max", "up_fisher", "down_fisher"):
+        for name in ("weight_sum", "saliency_sum", "taylor_sum", "output_norm_max", "up_fisher", "down_fisher"):
             self.tensors[name] = zeros(E, dtype=torch.float64)
+        self.tensors["input_sum"] = zeros(E, D)
         self.tensors["router_gram"] = zeros(E, E, dtype=torch.float64)
         self.tensors["up_fisher_columns"] = zeros(E, D)
         self.tensors["down_fisher_columns"] = zeros(E, F)
         self.tensors["num_sequences"] = zeros(1, dtype=torch.int64)
         for name, shape in gram_shapes(layer, full).items():
             self.tensors[name] = zeros(*shape)
+        self._sample: dict[str, list[Tensor]] = {name: [] for name in SAMPLED}
+        self._num_real_tokens = 0
+
+    @classmethod
+    def of(cls, layer: MoELayer, tensors: dict[str, Tensor], full: bool) -> LayerStatistics:
+        """Sums that are there already."""
+        statistics = cls.__new__(cls)
+        statistics.layer, statistics.tensors, statistics.full = layer, tensors, full
+        return statistics
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -120,68 +143,97 @@ class LayerStatistics:
             CalibrationError: activations or gradients are not finite.
         """
         sums = self.tensors
-        counts = torch.tensor(seen.counts, device=sums["num_tokens"].device)
-        sums["num_tokens"] += counts
+        device = sums["num_tokens"].device
+        counts_E = torch.tensor(seen.counts, device=device)
+        sizes_E = torch.tensor(seen.sizes, device=device)
+        sums["num_tokens"] += counts_E
         sums["num_sequences"] += num_sequences
-        by_expert = torch.repeat_interleave(torch.arange(len(seen.counts), device=counts.device), counts)
+        expert_S = torch.repeat_interleave(torch.arange(len(seen.sizes), device=device), sizes_E)
         norms, weights = seen.output_norm_S.double(), seen.weight_S.double()
-        sums["weight_sum"].scatter_add_(0, by_expert, weights)
-        sums["saliency_sum"].scatter_add_(0, by_expert, weights * norms)
-        sums["output_norm_max"].scatter_reduce_(0, by_expert, norms, "amax")
+        sums["weight_sum"].scatter_add_(0, expert_S, weights)
+        sums["saliency_sum"].scatter_add_(0, expert_S, weights * norms)
+        sums["output_norm_max"].scatter_reduce_(0, expert_S, norms, "amax")
+        tiles = zip(seen.d_y_SD.split(_CACHED_ROWS), seen.y_SD.split(_CACHED_ROWS), strict=True)
+        slope_S = torch.cat([(d.float() * y).sum(1) for d, y in tiles]).double()
+        sums["taylor_sum"].scatter_add_(0, expert_S, slope_S.square())
+        for expert, rows in enumerate(seen.x_SD.split(seen.sizes)):
+            sums["input_sum"][expert] += rows.sum(0, dtype=torch.float32)
+        self._take_sample(seen)
         if seen.router_logits_TE is not None:
             logits = seen.router_logits_TE.double()
             sums["router_gram"].addmm_(logits.T, logits)
-        segment_S = by_expert * num_sequences + seen.token_S // sequence_length
-        lengths = torch.bincount(segment_S, minlength=len(seen.counts) * num_sequences)
+        first_E = sizes_E.cumsum(0) - sizes_E
+        is_routed_S = torch.arange(len(expert_S), device=device) - first_E[expert_S] < counts_E[expert_S]
+        segment_S = expert_S * num_sequences + seen.token_S // sequence_length
+        lengths_EQ = torch.bincount(segment_S[is_routed_S], minlength=len(seen.sizes) * num_sequences)
+        lengths_EQ = lengths_EQ.view(-1, num_sequences)
+        starts_EQ = first_E[:, None] + lengths_EQ.cumsum(1) - lengths_EQ
         for name, z_SN, out_SM, d_SM in (
             ("up", seen.x_SD, seen.up_SM, seen.d_up_SM),
             ("down", seen.h_SF, seen.y_SD, seen.d_y_SD),
         ):
-            loss_weight_S1 = self._add_fisher(name, z_SN, d_SM, lengths)
-            self._add_grams(name, z_SN, out_SM, d_SM, loss_weight_S1, seen.counts)
+            power_S1 = self._add_fisher(name, z_SN, d_SM, starts_EQ, lengths_EQ)
+            self._add_grams(name, z_SN, out_SM, d_SM, power_S1, seen.sizes)
         if not all(bool(sums[name].isfinite().all()) for name in ("saliency_sum", "up_fisher", "down_fisher")):
             raise CalibrationError(
                 f"{self.layer.path}: activations or gradients hold NaN or Inf on the calibration text;"
                 " check the checkpoint for NaN weights, or set calibration.dtype: float32"
             )
 
+    def _take_sample(self, seen: RoutedTokens) -> None:
+        """Keeps every `sample_stride`-th real token of the text."""
+        first = -self._num_real_tokens % self.sample_stride
+        self._num_real_tokens += len(seen.hidden_TD)
+        called_with = (seen.hidden_TD, seen.index_TK, seen.weights_TK)
+        for name, rows in zip(SAMPLED, called_with, strict=True):
+            self._sample[name].append(rows[first :: self.sample_stride].cpu())
+
     def _add_grams(
-        self, name: str, z_SN: Tensor, out_SM: Tensor, d_SM: Tensor, loss_weight_S1: Tensor, counts: list[int]
+        self, name: str, z_SN: Tensor, out_SM: Tensor, d_SM: Tensor, power_S1: Tensor, sizes: list[int]
     ) -> None:
         summed = {"input": z_SN, "output": out_SM, "grad": d_SM}
-        summed = {side: rows_SN for side, rows_SN in summed.items() if f"{name}_{side}_gram" in self.tensors}
         for side, rows_SN in summed.items():
-            gram_ENN = self.tensors[f"{name}_{side}_gram"]
+            gram_ENN = self.tensors.get(f"{name}_{side}_gram")
+            if gram_ENN is None:
+                continue
             loss_gram_ENN = self.tensors.get(f"{name}_{side}_loss_gram")
-            parts = zip(rows_SN.split(counts), loss_weight_S1.split(counts), strict=True)
-            for expert, (part, loss_weight) in enumerate(parts):
-                rows = part.float()
-                with _half_products(part):
-                    _add_gram(gram_ENN[expert], rows)
-                if loss_gram_ENN is not None:
-                    _add_gram(loss_gram_ENN[expert], rows * loss_weight)
+            half, most = _takes_half(rows_SN), max(1, *sizes)
+            shape = 3, min(most, TILE_ROWS) if rows_SN.is_cpu else most, rows_SN.shape[1]
+            buffers = rows_SN.new_empty(shape, dtype=torch.float32)
+            experts = zip(rows_SN.split(sizes), power_S1.split(sizes), strict=True)
+            for expert, (routed_SN, routed_power) in enumerate(experts):
+                tiles = zip(routed_SN.split(buffers.shape[1]), routed_power.split(buffers.shape[1]), strict=True)
+                for tile, power in tiles:
+                    rows, *weighted = _weighted(tile, power, buffers, half)
+                    with _half_products(tile.is_cuda, half):
+                        _add_gram(gram_ENN[expert], rows, rows)
+                        if loss_gram_ENN is not None:
+                            for part in weighted:
+                                _add_gram(loss_gram_ENN[expert], part, rows)
 
-    def _add_fisher(self, name: str, z_SN: Tensor, d_SM: Tensor, lengths: Tensor) -> Tensor:
-        """Adds what is summed sequence by sequence; (S, 1) fp32 norms of the rows of d."""
+    def _add_fisher(self, name: str, z_SN: Tensor, d_SM: Tensor, starts_EQ: Tensor, lengths_EQ: Tensor) -> Tensor:
+        """Adds what is summed sequence by sequence; (S, 1) fp32 squared norms of the rows of d."""
         sums, num_experts = self.tensors, self.layer.num_experts
         power_S = torch.zeros(len(d_SM) + 1, device=d_SM.device)  # one more for the padding
-        for experts_G, rows_GL, mask_GL1 in _segments(lengths, num_experts, z_SN.shape[1] + d_SM.shape[1]):
-            z = z_SN[rows_GL].float()
-            d = d_SM[rows_GL].float().mul_(mask_GL1)
-            with _half_products(d_SM):
-                gram_GLL = d @ d.mT
-            power_S[torch.where(mask_GL1[..., 0], rows_GL, len(d_SM))] = gram_GLL.diagonal(dim1=1, dim2=2)
-            columns_GN = (gram_GLL @ z).mul_(z).sum(1)
+        for experts_G, rows_GL, mask_GL in _segments(starts_EQ, lengths_EQ, z_SN.shape[1] + d_SM.shape[1], d_SM):
+            z_GLN, d_GLM = (
+                t.index_select(0, rows_GL.flatten()).unflatten(0, rows_GL.shape).float() for t in (z_SN, d_SM)
+            )
+            d_GLM.mul_(mask_GL[..., None])
+            columns_GN, power_GL = _fisher_columns(z_GLN, d_GLM, d_SM)
+            power_S[torch.where(mask_GL, rows_GL, len(d_SM))] = power_GL
             # one-hot product instead of index_add_: the same order of summation on every device
             member_EG = torch.nn.functional.one_hot(experts_G, num_experts).T
             sums[f"{name}_fisher_columns"] += member_EG.float() @ columns_GN
             sums[f"{name}_fisher"] += member_EG.double() @ columns_GN.double().sum(1)
             if f"{name}_grad_diagonal" in sums:
-                sums[f"{name}_grad_diagonal"] += member_EG.float() @ d.square_().sum(1)
-        return power_S[:-1, None].sqrt()
+                sums[f"{name}_grad_diagonal"] += member_EG.float() @ d_GLM.square_().sum(1)
+        return power_S[:-1, None]
 
     def merge(self, other: LayerStatistics) -> None:
         """Adds the sums of other text; the order of merging is the caller's to fix."""
+        for name, rows in other._sample.items():
+            self._sample[name] += rows
         for name, tensor in self.tensors.items():
             if name == "output_norm_max":
                 torch.maximum(tensor, other.tensors[name], out=tensor)
@@ -189,11 +241,12 @@ class LayerStatistics:
                 tensor += other.tensors[name]
 
     def complete(self) -> None:
-        """Mirrors the Grams, which grow as lower triangles."""
+        """Mirrors the Grams, which grow as lower triangles, and lays the sampled tokens end to end."""
         for name in gram_shapes(self.layer, self.full):
             if name.endswith("_gram"):
                 for gram_NN in self.tensors[name]:
                     gram_NN.copy_(gram_NN.tril() + gram_NN.tril(-1).T)
+        self.tensors |= {name: torch.cat(rows) for name, rows in self._sample.items() if rows}
 
     def save(self, path: Path) -> None:
         """Completes the sums and writes them as safetensors, atomically."""
@@ -201,61 +254,120 @@ class LayerStatistics:
         write_shard(path, {name: t.cpu() for name, t in self.tensors.items()})
 
     @classmethod
-    def load(cls, layer: MoELayer, path: Path) -> LayerStatistics:
-        """Reads what `save` wrote."""
-        statistics = cls.__new__(cls)
-        statistics.layer = layer
-        statistics.tensors = load_file(path)
-        statistics.full = {"up_input_gram", "down_input_gram"} <= set(statistics.tensors)
-        return statistics
+    def load(cls, layer: MoELayer, path: Path, names: Sequence[str] = ()) -> LayerStatistics:
+        """Reads what `save` wrote, or only the sums of these names."""
+        with safe_open(path, "pt") as file:
+            stored = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names or stored}
+        return cls.of(layer, tensors, {"up_input_gram", "down_input_gram"} <= stored)
+
+
+def _takes_half(source: Tensor) -> bool:
+    """Whether fp32 casts of `source` may be multiplied on faster units with exact products and fp32 sums.
+
+    On a CPU every value must be a bf16 value, on a GPU a TF32 value, which fp16 is too.
+    """
+    return source.dtype in ((torch.bfloat16, torch.float16) if source.is_cuda else (torch.bfloat16,))
 
 
 @contextmanager
-def _half_products(source: Tensor) -> Iterator[None]:
-    """Multiplies fp32 casts of `source` on the units for its own dtype: several times as fast.
-
-    Where every value is a bf16 value (on a GPU: a TF32 value, which fp16 is too) products are exact and sums fp32.
-    """
-    if source.dtype not in ((torch.bfloat16, torch.float16) if source.is_cuda else (torch.bfloat16,)):
+def _half_products(is_cuda: bool, wanted: bool) -> Iterator[None]:
+    """Multiplies fp32 tensors as if they were bf16 on a CPU, TF32 on a GPU; sums stay fp32."""
+    if not wanted:
         yield
         return
-    backend = torch.backends.cuda.matmul if source.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backend = torch.backends.cuda.matmul if is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision
-    backend.fp32_precision = "tf32" if source.is_cuda else "bf16"
+    backend.fp32_precision = "tf32" if is_cuda else "bf16"
     try:
         yield
     finally:
         backend.fp32_precision = before
 
 
-def _add_gram(gram_NN: Tensor, rows_SN: Tensor) -> None:
-    """Adds rows^T rows to the strips left of and on the diagonal; `complete` mirrors them."""
+def _in_halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Two fp32 tensors of the sum `tensor` that lose at most 2^-18 of an element in `_half_products`.
+
+    Overwrites `tensor`.
+    """
+    high = tensor.bfloat16().float()
+    return high, tensor.sub_(high)
+
+
+def _weighted(rows_SN: Tensor, weight_S1: Tensor, buffers_3SN: Tensor, half: bool) -> list[Tensor]:
+    """The rows in fp32, and what adds up to the rows times their weight: two tensors if `half`, or one.
+
+    A few rows at a time, which stay in the cache; fresh memory for each tile would cost more than the arithmetic.
+    """
+    filled = [buffer[: len(rows_SN)] for buffer in (buffers_3SN if half else buffers_3SN[:2])]
+    for source, weight, rows, *parts in zip(
+        *(t.split(_CACHED_ROWS) for t in (rows_SN, weight_S1, *filled)), strict=True
+    ):
+        rows.copy_(source)
+        torch.mul(rows, weight, out=parts[-1])
+        if half:
+            parts[0].copy_(parts[1].bfloat16())
+            parts[1].sub_(parts[0])
+    return filled
+
+
+def _add_gram(gram_NN: Tensor, left_SN: Tensor, right_SN: Tensor) -> None:
+    """Adds left^T right to the strips left of and on the diagonal; `complete` mirrors them."""
     for start in range(0, len(gram_NN), _STRIP_COLUMNS):
         stop = start + _STRIP_COLUMNS
-        gram_NN[start:stop, :stop].addmm_(rows_SN[:, start:stop].T, rows_SN[:, :stop])
+        gram_NN[start:stop, :stop].addmm_(left_SN[:, start:stop].T, right_SN[:, :stop])
 
 
-def _segments(lengths: Tensor, num_experts: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _fisher_columns(z_GLN: Tensor, d_GLM: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """(G, N) squared norms of the columns of d^T z, (G, L) squared norms of the rows of d.
+
+    sum_tu (z_t d_t.d_u z_u) by strips of t with u <= t: what is right of the diagonal is the mirror of the rest.
+    """
+    length = z_GLN.shape[1]
+    # shorter ones come in so many shapes that compiling products for them would take longer
+    half = _takes_half(source) and (source.is_cuda or length >= _STRIP_ROWS)
+    columns_GN, power = z_GLN.new_zeros(z_GLN.shape[0], z_GLN.shape[2]), []
+    for start in range(0, length, _STRIP_ROWS):
+        strip, until = slice(start, start + _STRIP_ROWS), slice(0, start + _STRIP_ROWS)
+        with _half_products(source.is_cuda, half):
+            gram = d_GLM[:, strip] @ d_GLM[:, until].mT
+            power.append(gram[:, :, start:].diagonal(dim1=1, dim2=2).clone())
+            gram[:, :, :start] *= 2
+            parts = _in_halves(gram) if half else (gram,)
+            product = parts[0] @ z_GLN[:, until]
+            for part in parts[1:]:
+                product.baddbmm_(part, z_GLN[:, until])
+        columns_GN += product.mul_(z_GLN[:, strip]).sum(1)
+    return columns_GN, torch.cat(power, dim=1)
+
+
+def _segments(
+    starts_EQ: Tensor, lengths_EQ: Tensor, width: int, source: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Groups of (expert, sequence) segments of similar length, padded to one length.
 
     Args:
-        lengths: (E * sequences,) rows of each segment; segments lie one after the other.
-        num_experts: E.
+        starts_EQ, lengths_EQ: first row and number of rows of each expert and sequence.
         width: elements a row; a group holds about _GROUP_ELEMENTS of them.
+        source: rows they are segments of.
 
     Yields:
-        (G,) expert of each segment, (G, L) row indices, (G, L, 1) mask of the real rows. Lengths are padded to the
-        next of eight steps between powers of two, so at most an eighth of the rows is padding.
+        (G,) expert of each segment, (G, L) row indices, (G, L) mask of the real rows. Lengths are padded to the next
+        of eight steps between powers of two, so at most an eighth of the rows is padding; where products are compiled
+        for their shape, long segments go one by one and in steps of half a strip.
     """
-    starts = lengths.cumsum(0) - lengths
+    starts, lengths = starts_EQ.flatten(), lengths_EQ.flatten()
     unit = 2 ** (lengths.clamp_min(1).double().log2().floor().long() - 3).clamp_min(0)
+    if is_tiled(source):
+        unit = torch.where(lengths >= _STRIP_ROWS, unit.clamp_min(_STRIP_ROWS // 2), unit)
     padded = (lengths + unit - 1) // unit * unit
     for length in padded.unique().tolist():
         if length == 0:
             continue
         members = (padded == length).nonzero().flatten()
-        for group in members.split(max(1, _GROUP_ELEMENTS // (width * length))):
+        single = is_tiled(source) and length >= _STRIP_ROWS
+        for group in members.split(1 if single else max(1, _GROUP_ELEMENTS // (width * length))):
             steps = torch.arange(length, device=lengths.device)
             mask = steps < lengths[group, None]
             rows = torch.where(mask, starts[group, None] + steps, 0)
-            yield group // (len(lengths) // num_experts), rows, mask[..., None]
+            yield group // lengths_EQ.shape[1], rows, mask

@@ -10,11 +10,10 @@ Shape suffixes: T tokens of the stream, N sequences, S tokens a sequence.
 from __future__ import annotations
 
 import gzip
-import json
+import itertools
 import random
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from moe_compress.errors import RecipeError
+from ..checkpoint.writer import write_shard
+from ..errors import RecipeError
+from .sources import checked_files, dataset_rows, json_records, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,30 +43,60 @@ _CONTEXT_CHARS = 1 << 12
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 
 
+IGNORED = -100
+"""Label of padding, as everywhere in transformers."""
+
+
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences of equal length; only the last one may be padded, at its end.
+    """Sequences of equal length, padded at their ends; of packed text only the last one.
 
-    input_ids: int64 (N, S). attention_mask: bool (N, S), False on padding.
+    input_ids: int64 (N, S). attention_mask: bool (N, S), False on padding. labels: int64 (N, L), IGNORED on padding,
+    the targets of an encoder-decoder model; None where the text predicts itself.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    labels: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.attention_mask.sum())
+        """Tokens that are not padding, those of targets among them."""
+        return int(self.attention_mask.sum()) + (0 if self.labels is None else int(self.target_mask.sum()))
+
+    @property
+    def target_mask(self) -> torch.Tensor:
+        """Bool, False on padding of what a decoder reads: (N, L) where there are labels."""
+        return self.attention_mask if self.labels is None else self.labels != IGNORED
+
+    @property
+    def predicted(self) -> list[torch.Tensor]:
+        """(T,) ids of each sequence that the model is to predict, in order."""
+        if self.labels is None:
+            return [ids[mask][1:] for ids, mask in zip(self.input_ids, self.attention_mask, strict=True)]
+        return [ids[ids != IGNORED] for ids in self.labels]
 
     def batches(self, batch_size: int) -> Iterator[TokenBatch]:
-        """Micro-batches of `batch_size` sequences, in order; the last may hold fewer."""
+        """Micro-batches of `batch_size` sequences, in order; the last may hold fewer.
+
+        Pairs lose the columns that are padding in all rows of a micro-batch.
+        """
         for start in range(0, len(self.input_ids), batch_size):
             rows = slice(start, start + batch_size)
-            yield TokenBatch(self.input_ids[rows], self.attention_mask[rows])
+            ids, mask = self.input_ids[rows], self.attention_mask[rows]
+            if self.labels is None:
+                yield TokenBatch(ids, mask)
+                continue
+            labels = self.labels[rows]
+            sources, targets = int(mask.any(0).sum()), int((labels != IGNORED).any(0).sum())
+            yield TokenBatch(ids[:, :sources], mask[:, :sources], labels[:, :targets])
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file."""
-        save_file({"input_ids": self.input_ids, "attention_mask": self.attention_mask}, path)
+        """Writes one safetensors file, whole or not at all.
+
+        Raises CompressionError if it cannot be written.
+        """
+        write_shard(path, {name: tensor for name, tensor in vars(self).items() if tensor is not None})
 
     @classmethod
     def load(cls, path: Path) -> TokenBatch:
@@ -86,7 +117,7 @@ def calibration_sequences(
     added. Reading stops at the end of the pool that holds enough text, tokenising as soon as there
     are enough tokens. Too short a text gives fewer sequences, the last one padded and masked.
 
-    Raises RecipeError for a text of fewer than two tokens.
+    Raises RecipeError for a text that does not fill one sequence.
     """
     pieces = _encode(_shuffled(documents, seed), tokenizer)
     if tokenizer.eos_token_id is not None:
@@ -95,21 +126,19 @@ def calibration_sequences(
 
 
 def evaluation_windows(
-    text_sources: Sequence[str | Path],
+    texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     max_windows: int | None = None,
 ) -> TokenBatch:
-    """Cuts the text of the sources into windows of `sequence_length` tokens that do not overlap.
+    """Cuts texts, joined by an empty line, into windows of `sequence_length` tokens that do not overlap.
 
-    A .txt file is one string, byte for byte; the records of other formats, and several sources, are
-    joined by an empty line. No special token is added. A last partial window of two tokens or more
-    is kept, padded and masked, unless `max_windows` are full already.
+    No special token is added. A last partial window of two tokens or more is kept, padded and
+    masked, unless `max_windows` are full already; texts beyond them are not asked for.
 
-    Raises RecipeError as `read_documents` does, and for a text of fewer than two tokens.
+    Raises RecipeError for a text that does not fill one window.
     """
-    text = "\n\n".join(_whole_text(path) for path in _checked(text_sources))
-    return _cut(_encode_text(text, tokenizer), tokenizer, max_windows, sequence_length)
+    return _cut(_encode_text(_joined(texts), tokenizer), tokenizer, max_windows, sequence_length)
 
 
 def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
@@ -122,7 +151,17 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
     Raises RecipeError for a missing file, an unknown suffix (both at the call), and while reading
     for a bad line, undecodable bytes, a file without text.
     """
-    return _non_blank(_checked(sources))
+    return _non_blank(checked_files(sources, _READERS))
+
+
+def read_texts(sources: Sequence[str | Path]) -> Iterator[str]:
+    """The text of each local file as one string, in order.
+
+    A .txt file is read byte for byte; the records of other formats are joined by an empty line.
+
+    Raises RecipeError as `read_documents`.
+    """
+    return map(_whole_text, checked_files(sources, _READERS))
 
 
 def dataset_documents(name: str, config: str | None, split: str) -> Iterator[str]:
@@ -130,17 +169,7 @@ def dataset_documents(name: str, config: str | None, split: str) -> Iterator[str
 
     Raises RecipeError if the `datasets` package or the dataset cannot be had.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise RecipeError(f"dataset {name!r}: needs the package datasets; pip install moe-compress[eval]") from error
-    try:
-        rows = load_dataset(name, config, split=split, streaming=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"dataset {name!r}, config {config!r}, split {split!r}: {reason}") from error
-    texts = (_text_field(row, f"dataset {name!r}") for row in rows)
-    return (text for text in texts if text.strip())
+    return (text for where, row in dataset_rows(name, config, split) if (text := _text_field(row, where)).strip())
 
 
 def _cut(
@@ -156,8 +185,11 @@ def _cut(
         taken.append(ids)
         num_tokens += len(ids)
     tokens_T = np.concatenate(taken)[:max_tokens]
-    if len(tokens_T) < 2:
-        raise RecipeError(f"the text holds {len(tokens_T)} tokens: at least 2 needed; give more text")
+    if len(tokens_T) < sequence_length:
+        raise RecipeError(
+            f"the text holds {len(tokens_T)} tokens and fills no sequence of {sequence_length}; give more text or"
+            " lower sequence_length"
+        )
     if len(tokens_T) % sequence_length == 1:
         tokens_T = tokens_T[:-1]  # a window of one token predicts nothing
     num_sequences = -(-len(tokens_T) // sequence_length)
@@ -186,18 +218,24 @@ def _separated(pieces: Iterator[np.ndarray], token_id: int) -> Iterator[np.ndarr
         yield ids
 
 
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """Token ids of one long string, int32 (T,) a piece, as if it were encoded at once.
+def _encode_text(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Token ids of strings in a row, int32 (T,) a piece, as if they were one string encoded at once.
 
     A tokenizer needs over a hundred bytes a character, and what it makes of a character depends on
     the text near it. So pieces overlap, and one hands over to the next where, deep in the overlap,
     a token starts in both.
     """
     ids_T = starts_T = np.array([], dtype=np.int32)
-    for seam in range(0, len(text), _CHUNK_CHARS):
-        first = max(seam - _CONTEXT_CHARS, 0)
+    text, first = "", 0  # a part of the text, and the place of its first character in the whole
+    for seam in itertools.count(0, _CHUNK_CHARS):
+        begin, end = max(seam - _CONTEXT_CHARS, 0), seam + _CHUNK_CHARS + _CONTEXT_CHARS
+        text, first = text[begin - first :], begin
+        if first + len(text) < end:
+            text += "".join(_take(texts, end - first - len(text)))
+        if first + len(text) <= seam:
+            break
         encoding = tokenizer(
-            text[first : seam + _CHUNK_CHARS + _CONTEXT_CHARS],
+            text[: end - first],
             add_special_tokens=False,
             return_offsets_mapping=True,
             verbose=False,
@@ -210,6 +248,15 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.n
         ids_T = next_ids_T[next_starts_T >= handover]
         starts_T = next_starts_T[next_starts_T >= handover]
     yield ids_T
+
+
+def _joined(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, an empty line between two of them, in strings of bounded length."""
+    for number, text in enumerate(texts):
+        if number:
+            yield "\n\n"
+        for start in range(0, len(text), _CHUNK_CHARS):
+            yield text[start : start + _CHUNK_CHARS]
 
 
 def _shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
@@ -230,16 +277,6 @@ def _take(documents: Iterator[str], num_chars: int) -> list[str]:
     return taken
 
 
-def _checked(sources: Sequence[str | Path]) -> list[Path]:
-    paths = [Path(source) for source in sources]
-    for path in paths:
-        if not path.is_file():
-            raise RecipeError(f"{path}: no such text file; check the path")
-        if not path.name.endswith(tuple(_READERS)):
-            raise RecipeError(f"{path}: unknown kind of text; use one of {', '.join(_READERS)}")
-    return paths
-
-
 def _non_blank(paths: list[Path]) -> Iterator[str]:
     for path in paths:
         num_documents = 0
@@ -253,7 +290,7 @@ def _non_blank(paths: list[Path]) -> Iterator[str]:
 
 def _whole_text(path: Path) -> str:
     if path.name.endswith((".txt", ".txt.gz")):
-        text = "".join(_read(path, _text))
+        text = "".join(reading(path, _text))
     else:
         text = "\n\n".join(_records(path))
     if not text.strip():
@@ -263,14 +300,7 @@ def _whole_text(path: Path) -> str:
 
 def _records(path: Path) -> Iterator[str]:
     reader = next(_READERS[suffix] for suffix in _READERS if path.name.endswith(suffix))
-    return _read(path, reader)
-
-
-def _read(path: Path, reader: Callable[[Path], Iterator[str]]) -> Iterator[str]:
-    try:
-        yield from reader(path)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text, gzip or Parquet ({error}); convert it") from error
+    return reading(path, reader)
 
 
 def _text(path: Path) -> Iterator[str]:
@@ -285,16 +315,7 @@ def _text_blocks(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise RecipeError(f"{where}: not a line of JSON ({error}); correct it") from error
-            yield _text_field(record, where)
+    return (_text_field(record, where) for where, record in json_records(path))
 
 
 def _parquet_column(path: Path) -> Iterator[str]:

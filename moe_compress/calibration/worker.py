@@ -33,7 +33,7 @@ from ..model.streamer import (
     summed_nll,
 )
 from .activations import ActivationStore
-from .statistics import LayerStatistics
+from .statistics import SAMPLE_TOKENS, LayerStatistics
 from .text import TokenBatch
 
 
@@ -169,7 +169,7 @@ class LayerWorker:
 
     def _inputs(self, batch: int) -> Inputs:
         tokens = self.batches[batch]
-        return model_inputs(tokens.input_ids, tokens.attention_mask)
+        return model_inputs(tokens.input_ids, tokens.attention_mask, tokens.labels)
 
     def _loss_function(self, batch: int) -> LossFunction:
         seed = self.setup.sampled_seed
@@ -229,12 +229,15 @@ class LayerWorker:
             for observer in observers:
                 stack.enter_context(observer.watching())
             yield
-        tokens = self.batches[batch]
-        mask = tokens.attention_mask.flatten()
+        mask = self._mask(name, self.batches[batch])
         for observer in observers:
-            seen = observer.take(None if bool(mask.all()) else mask)
+            seen = observer.take(None if bool(mask.all()) else mask.flatten())
             if seen is not None:
-                self._sums(observer.layer).update(seen, *tokens.input_ids.shape)
+                self._sums(observer.layer).update(seen, *mask.shape)
+
+    def _mask(self, name: str, tokens: TokenBatch) -> Tensor:
+        """(B, S) which tokens of a decoder (or encoder) layer are no padding."""
+        return tokens.target_mask if self.skeleton.is_in_decoder(name) else tokens.attention_mask
 
     def _observer(self, layer: MoELayer) -> ExpertObserver:
         experts = self.skeleton.model.get_submodule(layer.path)
@@ -242,7 +245,9 @@ class LayerWorker:
 
     def _sums(self, layer: MoELayer) -> LayerStatistics:
         if layer.path not in self.statistics:
-            self.statistics[layer.path] = LayerStatistics(layer, self.setup.full_grams, self.skeleton.device)
+            name = self.skeleton.owner(layer.path)
+            stride = -(-sum(int(self._mask(name, batch).sum()) for batch in self.batches) // SAMPLE_TOKENS)
+            self.statistics[layer.path] = LayerStatistics(layer, self.setup.full_grams, self.skeleton.device, stride)
         return self.statistics[layer.path]
 
 

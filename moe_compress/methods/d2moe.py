@@ -20,13 +20,14 @@ Bases, F_e Fisher information of the projection, f_e activation frequency:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..budget import DENSE, Item, uniform_rank
+from ..budget import uniform_rank
 from ..calibration.statistics import LayerStatistics, down_side, up_side
 from ..errors import CompressionError, RecipeError
 from ..linalg.alignment import ExpertWeights, align
@@ -38,10 +39,11 @@ from ..linalg.factorisation import (
     right_gram,
     spectrum,
 )
-from ..linalg.symmetric import damp, shrink_rare
+from ..linalg.symmetric import damp, shrink_rare, symmetric_product
+from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group
-from ..recipe import D2MoE
+from ..model.experts import FactorisedSlot
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,8 @@ class GroupProblem:
         self.layer, self.group, self.options, self.statistics = layer, group, options, statistics
         self.device = torch.device(device)
         self.weight_EMN = weight_EMN
-        self.permutations_EF = permutations_EF
         self.slots = slots(layer, group, options)
-        self.side = up_side(layer) if group == "up" else down_side(layer)
+        self._order_EC = None if permutations_EF is None else self._channel_order(permutations_EF)
         self._gram_EKK, self._of_output = self._covariance()
         self.base_MN = self._base()
 
@@ -117,7 +118,7 @@ class GroupProblem:
         """(E, K) squared singular values of each slot's weighted problem, descending, fp32 on the CPU."""
         rows: dict[str, list[Tensor]] = {slot.name: [] for slot in self.slots}
         for block in self._blocks():
-            delta, root = self._delta(block), self._root(block)
+            delta, root = self._delta(self._weight(block)), self._root(block)
             for slot in self.slots:
                 gram = self._problem(slot, delta, root, block)
                 rows[slot.name].append(spectrum(gram).energy_EK.cpu())
@@ -127,42 +128,32 @@ class GroupProblem:
         """The tensors of the group's slots by parameter name (see model/experts.py), on the CPU.
 
         Args:
-            ranks: slot name -> one rank an expert, DENSE for a whole matrix.
+            ranks: slot name -> one rank an expert, DENSE for a whole matrix: the expert's own, to the bit.
             dtype: to store in.
         """
-        out: dict[str, Tensor] = {}
-        filled = {slot.name: [0, 0] for slot in self.slots}
-        for slot in self.slots:
-            total = sum(max(rank, 0) for rank in ranks[slot.name])
-            out[f"{slot.name}_u"] = torch.empty(total, slot.num_rows, dtype=dtype)
-            out[f"{slot.name}_v"] = torch.empty(total, slot.num_columns, dtype=dtype)
-            num_dense = ranks[slot.name].count(DENSE)
-            if num_dense:
-                shape = (num_dense, slot.num_rows, slot.num_columns)
-                out[f"{slot.name}_dense"] = torch.empty(shape, dtype=dtype)
+        has_base = self.base_MN is not None
+        layouts = [FactorisedSlot(s.name, s.num_rows, s.num_columns, ranks[s.name], has_base) for s in self.slots]
+        out = {name: torch.empty(shape, dtype=dtype) for layout in layouts for name, shape in layout.shapes().items()}
+        for slot, layout in zip(self.slots, layouts, strict=True):
             if self.base_MN is not None:
-                out[f"{slot.name}_base"] = self.base_MN[slot.rows].to("cpu", dtype)
+                out[f"{slot.name}_base"].copy_(self.base_MN[slot.rows])
+            for expert, place in layout.dense_index.items():
+                out[f"{slot.name}_dense"][place] = self._weight(slice(expert, expert + 1))[0, slot.rows]
         for block in self._blocks():
-            delta, root = self._delta(block), self._root(block)
-            for slot in self.slots:
-                wanted = ranks[slot.name][block]
-                positive = [max(rank, 0) for rank in wanted]
+            wanted = {name: [max(rank, 0) for rank in each[block]] for name, each in ranks.items()}
+            if not any(map(any, wanted.values())):
+                continue  # whole matrices and empty factors need no decomposition
+            delta, root = self._delta(self._weight(block)), self._root(block)
+            for slot, layout in zip(self.slots, layouts, strict=True):
                 part = delta[:, slot.rows]
                 if root is not None:
-                    pairs = factorise_right(part, root, positive)
+                    pairs = factorise_right(part, root, wanted[slot.name])
                 else:
-                    pairs = factorise_left(part, self._problem(slot, delta, root, block), positive)
-                place = filled[slot.name]
-                for expert, (rank, (u, v)) in enumerate(zip(wanted, pairs, strict=True)):
-                    if rank == DENSE:
-                        whole = part[expert] if self.base_MN is None else part[expert] + self.base_MN[slot.rows]
-                        out[f"{slot.name}_dense"][place[1]] = whole.to("cpu", dtype)
-                        place[1] += 1
-                        continue
-                    rows = slice(place[0], place[0] + rank)
-                    out[f"{slot.name}_u"][rows] = u.mT.to("cpu", dtype)
-                    out[f"{slot.name}_v"][rows] = v.to("cpu", dtype)
-                    place[0] += rank
+                    pairs = factorise_left(part, self._problem(slot, delta, root, block), wanted[slot.name])
+                for expert, (u, v) in enumerate(pairs, block.start):
+                    rows = slice(layout.offsets[expert], layout.offsets[expert + 1])
+                    out[f"{slot.name}_u"][rows] = u.mT
+                    out[f"{slot.name}_v"][rows] = v
         return out
 
     # --- internals -----------------------------------------------------------------------------------------
@@ -173,20 +164,23 @@ class GroupProblem:
         for start in range(0, self.layer.num_experts, size):
             yield slice(start, start + size)
 
-    def _delta(self, block: slice) -> Tensor:
-        """(block, M, N) fp32 what the base does not explain, channels in aligned order."""
+    def _weight(self, block: slice) -> Tensor:
+        """(block, M, N) fp32, channels in aligned order."""
         weight = self.weight_EMN[block].to(self.device, torch.float32)
-        if self.permutations_EF is not None:
-            order = self._channel_order()[block]
-            axis = 1 if self.group == "up" else 2
-            index = order[:, :, None] if axis == 1 else order[:, None, :]
-            weight = weight.gather(axis, index.expand_as(weight))
-        base = getattr(self, "base_MN", None)
-        return weight if base is None else weight - base
+        if self._order_EC is None:
+            return weight
+        order = self._order_EC[block]
+        if self.group == "up":
+            return weight.gather(1, order[:, :, None].expand_as(weight))
+        return weight.gather(2, order[:, None, :].expand_as(weight))
+
+    def _delta(self, weight_EMN: Tensor) -> Tensor:
+        """What the base does not explain."""
+        return weight_EMN if self.base_MN is None else weight_EMN - self.base_MN
 
     def _root(self, block: slice) -> InputRoot | None:
-        """Root of the input covariance, where the input side is the smaller one."""
-        if self.side == "output":
+        """Root of the input covariance, where the input side of the slots, all of one shape, is the smaller one."""
+        if self.slots[0].num_rows < self.slots[0].num_columns:
             return None
         return InputRoot.from_gram(self._gram_EKK[block], self.options.damping)
 
@@ -207,38 +201,51 @@ class GroupProblem:
         E, N = self.weight_EMN.shape[0], self.weight_EMN.shape[2]
         if self.options.weighting == "none":
             return torch.eye(N, device=self.device).expand(E, N, N), False
-        of_output = self.side == "output" and self.options.base == "none"
-        side = "output" if of_output else "input"
-        name = f"{self.group}_{side}{'_loss' if self.options.weighting == 'loss' else ''}_gram"
+        side = up_side(self.layer) if self.group == "up" else down_side(self.layer)
+        of_output = side == "output" and self.options.base == "none"
+        weighted = ["loss"] if self.options.weighting == "loss" else []
+        name = "_".join([self.group, "output" if of_output else "input", *weighted, "gram"])
         if name not in self.statistics:
             raise CompressionError(
                 f"{self.layer.path}: statistics lack {name}; run with calibration.full_covariance: always"
             )
-        gram = shrink_rare(
-            self.statistics[name].to(self.device),
-            self.statistics["num_tokens"].to(self.device),
-            self.options.min_tokens,
-        )
-        channels = self.group == "up" if of_output else self.group == "down"
-        if self.permutations_EF is not None and channels:
-            order = self._channel_order()
-            gram = gram.gather(1, order[:, :, None].expand_as(gram))
-            gram = gram.gather(2, order[:, None, :].expand_as(gram))
-        return gram, of_output
+        gram = self.statistics[name].to(self.device)
+        if self._order_EC is not None and self.group == ("up" if of_output else "down"):
+            gram = gram.gather(1, self._order_EC[:, :, None].expand_as(gram))
+            gram = gram.gather(2, self._order_EC[:, None, :].expand_as(gram))
+        num_tokens = self.statistics["num_tokens"].to(self.device)
+        if of_output:
+            return self._shrink_rare_outputs(gram, num_tokens), True
+        return shrink_rare(gram, num_tokens, self.options.min_tokens), False
+
+    def _shrink_rare_outputs(self, gram_EMM: Tensor, num_tokens_E: Tensor) -> Tensor:
+        """`shrink_rare` for covariances of outputs, towards those that white inputs would have: s W_e W_e^T a token.
+
+        What other experts put out says nothing of the directions of this one. s = sum_e tr A_e / sum_e n_e ||W_e||^2
+        gives the layer's tokens the energy that they had.
+        """
+        floor = self.options.min_tokens
+        rare = (num_tokens_E < floor).nonzero().flatten().tolist()
+        if not rare:
+            return gram_EMM
+        norm_E = torch.cat([self._weight(block).square().sum((1, 2)) for block in self._blocks()])
+        white = (num_tokens_E * norm_E).sum()
+        scale = torch.where(white > 0, gram_EMM.diagonal(dim1=1, dim2=2).sum() / white, 1)
+        shrunk_EMM = gram_EMM.clone()
+        for expert in rare:
+            weight_NM = self._weight(slice(expert, expert + 1))[0].mT
+            prior_MM = floor * scale * symmetric_product(weight_NM, weight_NM)
+            seen = num_tokens_E[expert]
+            shrunk_EMM[expert] = (gram_EMM[expert] + prior_MM) * (seen.clamp_min(1) / (seen + floor))
+        return shrunk_EMM
 
     def _base(self) -> Tensor | None:
         kind = self.options.base
         if kind == "none":
             return None
-        weights = (self._delta(block) for block in self._blocks())
         if kind == "closed_form":
             total = damp(self._gram_EKK.sum(0), max(self.options.damping, 1e-6))
-            mixed = sum(
-                torch.einsum("emn,enk->mk", weight, self._gram_EKK[block])
-                for weight, block in zip(weights, self._blocks(), strict=True)
-            )
-            assert isinstance(mixed, Tensor)
-            return torch.linalg.solve(total, mixed, left=False)
+            return torch.linalg.solve(total, self._sum("emn,enk->mk", self._gram_EKK), left=False)
         frequency = self.statistics["num_tokens"].double()
         fisher = self.statistics[f"{self.group}_fisher"]
         share_E = {
@@ -249,18 +256,18 @@ class GroupProblem:
         }[kind]
         if float(share_E.sum()) == 0:  # a layer the text never reached: all experts alike
             share_E = torch.ones_like(share_E)
-        share_E = (share_E / share_E.sum()).to(self.device, torch.float32)
-        base = sum(
-            torch.einsum("e,emn->mn", share_E[block], weight)
-            for weight, block in zip(weights, self._blocks(), strict=True)
-        )
-        assert isinstance(base, Tensor)
-        return base
+        return self._sum("emn,e->mn", (share_E / share_E.sum()).to(self.device, torch.float32))
 
-    def _channel_order(self) -> Tensor:
+    def _sum(self, product: str, factor_E: Tensor) -> Tensor:
+        """(M, N) sum over the experts of their weights times a factor, by an einsum."""
+        total = torch.zeros(self.weight_EMN.shape[1:], device=self.device)
+        for block in self._blocks():
+            total += torch.einsum(product, self._weight(block), factor_E[block])
+        return total
+
+    def _channel_order(self, permutations_EF: Tensor) -> Tensor:
         """(E, M) or (E, F) index of each channel's place; gate and up rows move together."""
-        assert self.permutations_EF is not None
-        order = self.permutations_EF.to(self.device)
+        order = permutations_EF.to(self.device)
         if self.group == "down":
             return order
         inner, num_rows = self.layer.intermediate_size, self.layer.up_shape[0]
@@ -288,36 +295,40 @@ def channel_alignment(layer: MoELayer, up_EMD: Tensor, down_EDF: Tensor, statist
     return torch.stack([align(reference, weights(expert)) for expert in range(layer.num_experts)])
 
 
+def highest_ratio(layers: list[MoELayer], options: D2MoE) -> float:
+    """The bound that the ratio must stay under (uniform ranks: may reach).
+
+    Allocated: 1, less 1/E for a base. Uniform: rank one everywhere, 1 - (M + N) / (M N), less 1/E for a base.
+    """
+    bounds = []
+    for layer in layers:
+        base = 1 / layer.num_experts if options.base != "none" else 0.0
+        for slot in (slot for group in GROUPS for slot in slots(layer, group, options)):
+            rank_one = (slot.num_rows + slot.num_columns) / (slot.num_rows * slot.num_columns)
+            bounds.append(1 - base - (rank_one if options.ranks == "uniform" else 0))
+    return min(bounds)
+
+
 def check_ratio(layers: list[MoELayer], options: D2MoE) -> None:
-    """Refuses a ratio that the bases alone exceed.
+    """Refuses a ratio that leaves nothing for deltas.
 
     Raises:
         RecipeError: names the highest ratio that is possible.
     """
     if options.ratio is None:
         return
-    for layer in layers:
-        highest = 1 - 1 / layer.num_experts if options.base != "none" else 1.0
-        if options.ratio >= highest:
+    highest = highest_ratio(layers, options)
+    named = f"{max(math.floor(highest * 10_000), 0) / 10_000:g}"  # rounded up it would be refused itself
+    if options.ranks == "uniform":
+        if options.ratio > highest + 1e-12:
             raise RecipeError(
-                f"method.ratio: {options.ratio} is more than the shared bases of {layer.num_experts} experts"
-                f" leave; the highest possible is below {highest:.4g}; lower it or set base: none"
+                f"method.ratio: {options.ratio} leaves some projection no rank; the highest possible is {named};"
+                " lower it or set ranks: allocated"
             )
-        if options.ranks == "uniform":
-            for group in GROUPS:
-                for slot in slots(layer, group, options):
-                    _check_uniform(layer, slot, options)
-
-
-def _check_uniform(layer: MoELayer, slot: Slot, options: D2MoE) -> None:
-    assert options.ratio is not None
-    based = options.base != "none"
-    if uniform_rank(slot.num_rows, slot.num_columns, layer.num_experts, options.ratio, based) < 1:
-        area, width = slot.num_rows * slot.num_columns, slot.num_rows + slot.num_columns
-        highest = 1 - (width + (area / layer.num_experts if based else 0)) / area
+    elif options.ratio >= highest:
         raise RecipeError(
-            f"method.ratio: {options.ratio} leaves no rank for {slot.name} of {layer.path}"
-            f" ({slot.num_rows} x {slot.num_columns}); the highest possible is {max(highest, 0):.4f}"
+            f"method.ratio: {options.ratio} is more than the shared bases of the experts leave; the highest possible"
+            f" is below {named}; lower it or set base: none"
         )
 
 
@@ -338,8 +349,3 @@ def budget_parameters(layers: list[MoELayer], options: D2MoE) -> int:
     if options.base != "none":
         bases = sum(layer.num_parameters // layer.num_experts for layer in layers)
     return int((1 - options.ratio) * total) - bases
-
-
-def items_of(slot: Slot, energy_EK: Tensor) -> list[Item]:
-    """One budget item an expert."""
-    return [Item(slot.num_rows, slot.num_columns, row) for row in energy_EK.numpy()]

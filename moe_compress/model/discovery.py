@@ -29,6 +29,7 @@ class MoELayer:
         has_bias: the projections carry biases (which no method changes).
         is_transposed: stored (E, in, out) rather than (E, out, in).
         is_concatenated: gate and up rows lie one block after the other rather than interleaved.
+        always_mapped: the layer carries an `expert_map` once it is compressed, even if all its experts stay.
     """
 
     path: str
@@ -39,6 +40,7 @@ class MoELayer:
     has_bias: bool
     is_transposed: bool
     is_concatenated: bool
+    always_mapped: bool = False
 
     @property
     def up_name(self) -> str:
@@ -75,6 +77,11 @@ def follows_contract(module: nn.Module) -> bool:
     return is_fused and hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
 
 
+def always_mapped(module: nn.Module) -> bool:
+    """Whether stock code only stops at this module's compressed form because of its map (see switch.py)."""
+    return hasattr(module, "guard")
+
+
 def describe_experts(path: str, module: Any) -> MoELayer:
     """Reads the layout of one experts module.
 
@@ -94,6 +101,7 @@ def describe_experts(path: str, module: Any) -> MoELayer:
         has_bias=bool(module.has_bias),
         is_transposed=transposed,
         is_concatenated=bool(module.is_concatenated),
+        always_mapped=always_mapped(module),
     )
     rows, columns = layer.up_shape
     expected = (num_experts, columns, rows) if transposed else (num_experts, rows, columns)

@@ -49,6 +49,17 @@ class DrivenModel:
 
         return self._logits(inputs, stand_in)
 
+    @torch.no_grad()
+    def generate(self, inputs: Inputs, **options: Any) -> Tensor:
+        """What the model's own `generate` gives, (B, L) ids; every step reads each layer it runs once."""
+
+        def stand_in(name: str) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._run_once(name, args, kwargs)
+
+        with self._replaced(stand_in):
+            on_device = {key: value.to(self.skeleton.device) for key, value in inputs.items()}
+            return self.model.generate(**on_device, **options)
+
     def drive_backward(
         self,
         inputs: Inputs,
@@ -143,6 +154,9 @@ class DrivenModel:
         """(B, S, V) logits of the model with stand-ins for its layers."""
         with self._replaced(stand_in):
             on_device = {key: value.to(self.skeleton.device) for key, value in inputs.items()}
+            if "labels" in on_device:  # the model shifts them itself; its own loss is not wanted
+                labels = on_device.pop("labels")
+                on_device["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
             return self.model(use_cache=False, **on_device).logits
 
     @contextmanager

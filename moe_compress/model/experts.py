@@ -1,10 +1,12 @@
-"""The nn.Module of factorised experts.
+"""The nn.Module of factorised experts, and of low-rank + sparse ones.
 
-Shapes: E experts, T tokens, S = T * top_k routed pairs, M and N rows and columns of a projection, R the sum of the
-ranks of all experts. A *slot* is one factorised projection:
+Shapes: E stored experts, T tokens, S = T * top_k routed pairs, M and N rows and columns of a projection, R the sum of
+the ranks of all experts, C the sum of their sparse columns. A *slot* is one factorised projection:
 
-    W_e = base + U_e V_e       rank_e >= 0: rows of the packed `u` (R, M) and `v` (R, N), U_e = u[rows].T
+    W_e = base + U_e V_e + S_e rank_e >= 0: rows of the packed `u` (R, M) and `v` (R, N), U_e = u[rows].T
     W_e = dense[k]             rank_e = DENSE: cheaper than factors beyond the break-even rank M N / (M + N)
+
+S_e is zero but for some columns: those lie packed in `s` (C, M), their numbers in `columns` (C,).
 
 Slots are `gate_up` (rows [gate; up], one factorisation), or `gate` and `up` apart, or `up` where there is no gate,
 and `down`.
@@ -13,14 +15,21 @@ and `down`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .discovery import always_mapped
+from .merged import MAP_NAME, register_map, shorten
+
 DENSE: Final = -1
 """In a list of ranks: this expert keeps its whole matrix."""
+
+INDEX_SUFFIX: Final = "_columns"
+"""Ends the name of a slot's tensor of column numbers, int32; all other tensors are parameters."""
 
 GUARD_NAME: Final = "down_v"
 GUARD_DISK_NAME: Final = "down_proj"
@@ -36,14 +45,22 @@ class FactorisedSlot:
         num_columns: N, input features.
         ranks: one an expert, DENSE for a whole matrix.
         base: the experts of the slot share a base matrix.
+        num_sparse: sparse columns of each expert; None for none.
     """
 
-    def __init__(self, name: str, num_rows: int, num_columns: int, ranks: list[int], base: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_rows: int,
+        num_columns: int,
+        ranks: list[int],
+        base: bool = False,
+        num_sparse: list[int] | None = None,
+    ) -> None:
         self.name, self.num_rows, self.num_columns = name, num_rows, num_columns
         self.ranks, self.has_base = list(ranks), base
-        self.offsets = [0]
-        for rank in self.ranks:
-            self.offsets.append(self.offsets[-1] + max(rank, 0))
+        self.offsets = list(accumulate((max(rank, 0) for rank in ranks), initial=0))
+        self.sparse_offsets = list(accumulate(num_sparse or [0] * len(ranks), initial=0))
         dense = [e for e, rank in enumerate(self.ranks) if rank == DENSE]
         self.dense_index = {e: k for k, e in enumerate(dense)}
 
@@ -58,22 +75,24 @@ class FactorisedSlot:
             shapes[f"{self.name}_dense"] = (len(self.dense_index), rows, columns)
         if self.has_base:
             shapes[f"{self.name}_base"] = (rows, columns)
+        if num_sparse := self.sparse_offsets[-1]:
+            shapes[f"{self.name}_s"] = (num_sparse, rows)
+            shapes[f"{self.name}{INDEX_SUFFIX}"] = (num_sparse,)
         return shapes
 
 
 def slots_of(spec: dict[str, Any], num_rows_up: int, hidden_size: int, inner: int) -> list[FactorisedSlot]:
-    """The slots of a layer's specification `{slot: {"ranks": [...], "base": bool}}`, first projections first."""
+    """The slots of a layer's specification `{slot: {"ranks": [...], "base": bool, "num_sparse": [...]}}`.
+
+    First projections come first; keys of the specification that name no slot are others' business.
+    """
     shapes = {
         "gate_up": (num_rows_up, hidden_size),
         "gate": (inner, hidden_size),
         "up": (inner, hidden_size),
         "down": (hidden_size, inner),
     }
-    return [
-        FactorisedSlot(name, *shapes[name], spec[name]["ranks"], bool(spec[name].get("base")))
-        for name in shapes
-        if name in spec
-    ]
+    return [FactorisedSlot(name, *shapes[name], **spec[name]) for name in shapes if name in spec]
 
 
 class FactorisedExperts(nn.Module):
@@ -98,6 +117,7 @@ class FactorisedExperts(nn.Module):
     gate_up_proj_bias: Tensor
     up_proj_bias: Tensor
     down_proj_bias: Tensor
+    expert_map: Tensor
 
     def __init__(self, template: Any, spec: dict[str, Any]) -> None:
         super().__init__()
@@ -112,10 +132,19 @@ class FactorisedExperts(nn.Module):
         for name, parameter in template.named_parameters(recurse=False):
             if name not in ("down_proj", up_name):
                 self.register_parameter(name, parameter)
+        count = spec.get("num_experts", self.num_experts)
+        if count != self.num_experts or (always_mapped(template) and spec.get("router") != "slice"):
+            register_map(self, self.num_experts, down.device)
+            shorten(self, count)
+            self.num_experts = count
         self.slots = slots_of(spec, inner * (2 if template.has_gate else 1), hidden, inner)
         for slot in self.slots:
             for name, shape in slot.shapes().items():
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=down.dtype, device=down.device)))
+                if name.endswith(INDEX_SUFFIX):
+                    self.register_buffer(name, torch.empty(shape, dtype=torch.int32, device=down.device))
+                else:
+                    tensor = torch.empty(shape, dtype=down.dtype, device=down.device)
+                    self.register_parameter(name, nn.Parameter(tensor))
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self._template_class._apply_gate(self, gate_up)
@@ -131,6 +160,8 @@ class FactorisedExperts(nn.Module):
         Returns:
             (T, hidden_size), dtype of `hidden_states`.
         """
+        if hasattr(self, MAP_NAME):
+            top_k_index = self.expert_map[top_k_index]
         num_tokens, top_k = top_k_index.shape
         ids_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
         token_S = order_S // top_k
@@ -192,6 +223,10 @@ class FactorisedExperts(nn.Module):
             else:
                 rows = slice(slot.offsets[expert], slot.offsets[expert + 1])
                 y = F.linear(x, v[rows]) @ u[rows]
+                sparse = slice(slot.sparse_offsets[expert], slot.sparse_offsets[expert + 1])
+                if sparse.stop > sparse.start:
+                    columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")[sparse]
+                    y = y + x.index_select(1, columns) @ getattr(self, f"{slot.name}_s")[sparse]
                 if based_SM is not None:
                     y = y + based_SM[start:stop]
             parts.append(y)
@@ -213,6 +248,11 @@ class FactorisedExperts(nn.Module):
                     continue
                 rows = slice(slot.offsets[expert], slot.offsets[expert + 1])
                 weight = u[rows].T @ v[rows]
-                weights.append(weight if base is None else weight + base)
+                weight = weight if base is None else weight + base
+                sparse = slice(slot.sparse_offsets[expert], slot.sparse_offsets[expert + 1])
+                if sparse.stop > sparse.start:
+                    columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")[sparse]
+                    weight = weight.index_add(1, columns, getattr(self, f"{slot.name}_s")[sparse].T)
+                weights.append(weight)
             out[slot.name] = torch.stack(weights)
         return out

@@ -1,33 +1,36 @@
 """Watches the experts of a layer while it runs: what every routed token brings to each projection, and the gradients.
 
-Stands in for the experts module's forward with the same arithmetic (tokens sorted by expert, one grouped product a
-projection), so that nothing that is measured has to be computed twice. Indices and weights are those the module
-receives: recomputing them from router logits is wrong for sigmoid, bias-corrected, grouped and sparsemixer routers.
+Stands in for the experts module's forward with the same arithmetic (grouped.py), so that nothing that is measured has
+to be computed twice. Indices and weights are those the module receives: recomputing them from router logits is wrong
+for sigmoid, bias-corrected, grouped and sparsemixer routers.
 
-Shapes: T tokens, S = T * top_k routed pairs sorted by expert, E experts, D hidden_size, F intermediate_size, M rows
-of the first projection (2F with a gate, F without).
+Shapes: T tokens, S routed pairs sorted by expert and filler, E experts, D hidden_size, F intermediate_size, M rows of
+the first projection (2F with a gate, F without).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import _grouped_linear
 
 from .discovery import MoELayer
+from .grouped import ExpertsPass, RowLayout, is_tiled, run_experts
 
 
 @dataclass(slots=True)
 class RoutedTokens:
     """One call of an experts module. Rows are sorted by expert; padding and pairs of no weight are already left out.
 
+    After an expert's routed tokens may come rows of zeros in every tensor (see grouped.py).
+
     Attributes:
-        counts: routed tokens of each expert, E entries that sum to S.
+        counts: routed tokens of each expert, E entries.
+        sizes: rows of each expert, E entries that sum to S.
         token_S: index of each row's token in the micro-batch, flattened (B * S,).
         weight_S: router weight of each row.
         x_SD: input of gate and up.
@@ -36,35 +39,27 @@ class RoutedTokens:
         y_SD: output of down, before bias and router weight.
         d_up_SM, d_y_SD: gradient of the summed loss w.r.t. `up_SM` and `y_SD`.
         output_norm_S: norm of each expert's whole output, bias and post-expert norm included, fp32.
+        hidden_TD, index_TK, weights_TK: what the module was called with, real tokens only.
         router_logits_TE: what the router gave for each real token, where one was seen.
 
     Tensors keep the dtype the model computes in; whoever sums them casts.
     """
 
     counts: list[int]
+    sizes: list[int]
     token_S: Tensor
     weight_S: Tensor
+    output_norm_S: Tensor
     x_SD: Tensor
     up_SM: Tensor
     h_SF: Tensor
     y_SD: Tensor
     d_up_SM: Tensor
     d_y_SD: Tensor
-    output_norm_S: Tensor
-    router_logits_TE: Tensor | None
-
-
-@dataclass(slots=True)
-class _Capture:
-    ids_S: Tensor
-    token_S: Tensor
-    weight_S: Tensor
-    x_SD: Tensor
-    up_SM: Tensor
-    h_SF: Tensor
-    y_SD: Tensor
-    output_norm_S: Tensor
-    grads: dict[str, Tensor] = field(default_factory=dict)
+    hidden_TD: Tensor
+    index_TK: Tensor
+    weights_TK: Tensor
+    router_logits_TE: Tensor | None = None
 
 
 class ExpertObserver:
@@ -78,7 +73,9 @@ class ExpertObserver:
 
     def __init__(self, layer: MoELayer, experts: nn.Module, block: nn.Module) -> None:
         self.layer, self.experts, self.block = layer, experts, block
-        self._capture: _Capture | None = None
+        self._seen: ExpertsPass | None = None
+        self._called_with: tuple[Tensor, ...] = ()
+        self._grads: dict[str, Tensor] = {}
         self._logits: Tensor | None = None
 
     @contextmanager
@@ -103,38 +100,31 @@ class ExpertObserver:
         Args:
             token_mask: (T,) True for real tokens; None where there is no padding.
         """
-        seen, logits = self._capture, self._logits
-        self._capture = self._logits = None
-        if seen is None or len(seen.grads) < 2:
+        seen, grads, logits = self._seen, self._grads, self._logits
+        self._seen, self._grads, self._logits = None, {}, None
+        if seen is None or len(grads) < 2:
             return None
-        ids, token, weight, norm = seen.ids_S, seen.token_S, seen.weight_S, seen.output_norm_S
-        tensors = [seen.x_SD, seen.up_SM, seen.h_SF, seen.y_SD, seen.grads["up"], seen.grads["y"]]
+        norm_S = torch.linalg.vector_norm(seen.out_SD.detach(), dim=-1, dtype=torch.float32)
+        tensors = [seen.token_S, seen.weight_S.detach().float(), norm_S]
+        tensors += [t.detach() for t in (seen.x_SD, seen.up_SM, seen.h_SF, seen.y_SD)] + [grads["up"], grads["y"]]
         if self.layer.has_gate and not self.layer.is_concatenated:
-            for i in (1, 4):
+            for i in (4, 7):
                 tensors[i] = torch.cat([tensors[i][:, 0::2], tensors[i][:, 1::2]], dim=1)
-        keep = weight != 0  # a router skips a token by sending it anywhere with no weight
+        layout, called_with = seen.layout, self._called_with
+        self._called_with = ()
+        keep_P = seen.weight_S[layout.row_P] != 0  # a router skips a token by sending it anywhere with no weight
         if token_mask is not None:
-            token_mask = token_mask.to(token.device)
-            keep &= token_mask[token]
+            token_mask = token_mask.to(keep_P.device)
+            keep_P &= token_mask[seen.token_S[layout.row_P]]
+            called_with = tuple(tensor[token_mask] for tensor in called_with)
             logits = None if logits is None else logits[token_mask]
-        if not bool(keep.all()):
-            ids, token, weight, norm = ids[keep], token[keep], weight[keep], norm[keep]
-            tensors = [t[keep] for t in tensors]
-        counts = torch.bincount(ids, minlength=self.layer.num_experts).tolist()
-        x_SD, up_SM, h_SF, y_SD, d_up_SM, d_y_SD = tensors
-        return RoutedTokens(
-            counts=counts,
-            token_S=token,
-            weight_S=weight.float(),
-            x_SD=x_SD,
-            up_SM=up_SM,
-            h_SF=h_SF,
-            y_SD=y_SD,
-            d_up_SM=d_up_SM,
-            d_y_SD=d_y_SD,
-            output_norm_S=norm,
-            router_logits_TE=logits,
-        )
+        if not bool(keep_P.all()):
+            kept_S = layout.row_P[keep_P]
+            layout = RowLayout.of(seen.ids_P[keep_P], self.layer.num_experts, is_tiled(seen.x_SD))
+            tensors = [t[kept_S][layout.source_S] for t in tensors]
+        for tensor in tensors:
+            tensor.index_fill_(0, layout.filler, 0)
+        return RoutedTokens(layout.counts, layout.sizes, *tensors, *called_with, logits)
 
     def _see_router(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keeps the first (T, E) floating output of a sibling of the experts: the router's logits."""
@@ -146,43 +136,11 @@ class ExpertObserver:
                 return
 
     def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        experts: Any = self.experts
-        num_tokens, top_k = top_k_index.shape
-        ids_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
-        token_S, weight_S = order_S // top_k, top_k_weights.reshape(-1)[order_S]
-        ends_E = torch.bincount(ids_S, minlength=self.layer.num_experts).cumsum(0).to(torch.int32)
-
-        def project(x: Tensor, name: str) -> Tensor:
-            weight = getattr(experts, name)
-            return _grouped_linear(x, weight, ends_E, is_transposed=self.layer.is_transposed)
-
-        def biased(x: Tensor, name: str) -> Tensor:
-            return x + getattr(experts, f"{name}_bias")[ids_S] if self.layer.has_bias else x
-
-        x_SD = hidden_states[token_S]
-        up_SM = project(x_SD, self.layer.up_name)
-        biased_SM = biased(up_SM, self.layer.up_name)
-        h_SF = experts._apply_gate(biased_SM) if self.layer.has_gate else experts.act_fn(biased_SM)
-        y_SD = project(h_SF, "down_proj")
-        out_SD = biased(y_SD, "down_proj")
-        if experts.has_post_expert_norm:
-            out_SD = experts.post_expert_norm(out_SD)
-        weighted_SD = out_SD * weight_S[:, None]
-        place_S = torch.empty_like(order_S)
-        place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-        mixed = weighted_SD[place_S].view(num_tokens, top_k, -1).sum(dim=1)
-        if up_SM.requires_grad:
-            capture = _Capture(
-                ids_S=ids_S,
-                token_S=token_S,
-                weight_S=weight_S.detach(),
-                x_SD=x_SD.detach(),
-                up_SM=up_SM.detach(),
-                h_SF=h_SF.detach(),
-                y_SD=y_SD.detach(),
-                output_norm_S=torch.linalg.vector_norm(out_SD.detach(), dim=-1, dtype=torch.float32),
-            )
-            up_SM.register_hook(lambda grad: capture.grads.__setitem__("up", grad))
-            y_SD.register_hook(lambda grad: capture.grads.__setitem__("y", grad))
-            self._capture = capture
-        return mixed.to(hidden_states.dtype)
+        seen = run_experts(self.experts, hidden_states, top_k_index, top_k_weights)
+        if seen.up_SM.requires_grad:
+            grads: dict[str, Tensor] = {}
+            seen.up_SM.register_hook(lambda grad: grads.__setitem__("up", grad))
+            seen.y_SD.register_hook(lambda grad: grads.__setitem__("y", grad))
+            self._seen, self._grads = seen, grads
+            self._called_with = (hidden_states.detach(), top_k_index, top_k_weights.detach())
+        return seen.mixed_TD

@@ -12,6 +12,7 @@ stops with a size mismatch. `update_weight_conversions` gives them their own nam
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -26,14 +27,42 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from .experts import GUARD_DISK_NAME, GUARD_NAME, FactorisedExperts
+from .merged import map_experts
+from .routing import resize_experts
+from .switch import contract_conversions, put_on_contract
 
 METHOD = "moe_compress"
 FORMAT_VERSION = 1
 
 
-def guard_renaming(path: str) -> WeightRenaming:
+def guard_of(experts: nn.Module) -> tuple[str, str]:
+    """The tensor of a compressed experts module that stops stock code, and its name on disk."""
+    return getattr(experts, "guard", (GUARD_NAME, GUARD_DISK_NAME))
+
+
+def guard_renaming(path: str, experts: nn.Module) -> WeightRenaming:
     """Leads the guard tensor of the experts module at `path` from its name on disk to its own."""
-    return WeightRenaming(re.escape(f"{path}.{GUARD_DISK_NAME}"), re.escape(f"{path}.{GUARD_NAME}"))
+    name, on_disk = guard_of(experts)
+    return WeightRenaming(re.escape(f"{path}.{on_disk}"), re.escape(f"{path}.{name}"))
+
+
+def is_factorised(spec: dict[str, Any]) -> bool:
+    """Whether a layer's specification has factors; otherwise it has fewer experts of the stock kind."""
+    return "down" in spec
+
+
+def _fewer(experts: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    return map_experts(experts, spec["num_experts"]) if spec["router"] == "keep" else experts
+
+
+def _adopt_block(model: PreTrainedModel, other: PreTrainedModel, path: str) -> None:
+    """Takes the module around the experts at `path`, router and all, from a model with fewer experts."""
+    block = path.rpartition(".")[0]
+    parent, _, name = block.rpartition(".")
+    config = getattr(model.get_submodule(path), "config", None)
+    setattr(model.get_submodule(parent), name, other.get_submodule(block))
+    if config is not None:  # which experts implementation runs is said on the model's own config, also later
+        model.get_submodule(path).config = config
 
 
 @register_quantization_config(METHOD)
@@ -76,16 +105,24 @@ class MoECompressQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for path, spec in self._layers(model).items():
+        put_on_contract(model)
+        layers = self._layers(model)
+        sliced = {path: spec["num_experts"] for path, spec in layers.items() if spec.get("router") == "slice"}
+        resized = {count: resize_experts(model, count).model for count in set(sliced.values())}
+        for path, spec in layers.items():
             parent, _, name = path.rpartition(".")
+            if path in sliced:
+                _adopt_block(model, resized[sliced[path]], path)
             owner = model.get_submodule(parent)
-            setattr(owner, name, FactorisedExperts(getattr(owner, name), spec))
+            experts = getattr(owner, name)
+            setattr(owner, name, FactorisedExperts(experts, spec) if is_factorised(spec) else _fewer(experts, spec))
             # some blocks initialise their experts, by the stock names; nothing of a checkpoint needs it
             owner._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path in self._layers(model):
-            for name, tensor in model.get_submodule(path).named_parameters(recurse=False):
+            experts = model.get_submodule(path)
+            for name, tensor in chain(experts.named_parameters(recurse=False), experts.named_buffers(recurse=False)):
                 # transformers only reports missing tensors and leaves them uninitialised
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(f"compressed checkpoint lacks {path}.{name}; it is incomplete")
@@ -95,9 +132,11 @@ class MoECompressQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
-        """Adds the renaming of the guard tensor of each compressed layer."""
+        """Adds the renaming of each layer's guard tensor, and what stacks experts that are not stacked on disk."""
         conversions = super().update_weight_conversions(weight_conversions, model)
-        return conversions + [guard_renaming(path) for path in self._layers(model)]
+        compressed = [(path, model.get_submodule(path)) for path in self._layers(model)]
+        guards = [guard_renaming(*each) for each in compressed if hasattr(each[1], guard_of(each[1])[0])]
+        return conversions + guards + contract_conversions(model)
 
     def _layers(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """The compressed layers by their paths in `model`, which may be the base model without its head."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -22,8 +23,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     convert_and_load_state_dict_in_model,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, local_torch_dtype
@@ -31,10 +34,11 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as hf_logging
 
 from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.shard import TensorEntry
 from ..errors import CheckpointError, CompressionError
 from .discovery import MoELayer, find_moe_layers
-from .experts import GUARD_DISK_NAME, GUARD_NAME
-from .plugin import METHOD, guard_renaming
+from .plugin import METHOD, guard_of, guard_renaming
+from .switch import contract_conversions, put_on_contract
 
 ROOT = ""
 """Owner of every tensor that belongs to no decoder layer: embeddings, final norm, head."""
@@ -79,7 +83,7 @@ class Skeleton:
     ) -> None:
         self.reader = reader
         self.device = torch.device(device)
-        config = _load_config(reader)
+        config = load_config(reader)
         source_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
         self.dtype = dtype or source_dtype or _majority_dtype(reader)
         self.quantizer = None
@@ -88,6 +92,7 @@ class Skeleton:
         model_class = _model_class(config)
         with torch.device("meta"), local_torch_dtype(self.dtype, model_class.__name__):
             self.model: PreTrainedModel = model_class(config)
+        put_on_contract(self.model)
         if self.quantizer is not None:
             self.quantizer.preprocess_model(model=self.model, dtype=self.dtype, device_map=None)
         self.model.eval().requires_grad_(False)
@@ -123,6 +128,12 @@ class Skeleton:
                 return layer
         return ROOT
 
+    def is_in_decoder(self, name: str) -> bool:
+        """Whether the layer `name` reads targets, not sources; all layers of a decoder-only model do."""
+        config = self.model.config
+        decoder: Any = self.model.get_decoder() if config.is_encoder_decoder else self.model
+        return any(module is self.layers[name] for module in decoder.modules())
+
     def source_names(self, module_path: str) -> list[str]:
         """Checkpoint tensors that make up the parameters of one module."""
         prefix = module_path + "."
@@ -139,14 +150,16 @@ class Skeleton:
             CompressionError: the model's key conversions would catch every name we could give.
         """
         renamings, converters = self._conversions()
-        renamings = [*renamings, guard_renaming(layer.path)]
+        experts = self.model.get_submodule(layer.path)
+        guard, guard_on_disk = guard_of(experts)
+        renamings = [*renamings, guard_renaming(layer.path, experts)]
         ours = {f"{layer.path}.{name}": name for name in parameters}
         state = dict.fromkeys(self.model.state_dict(), True) | dict.fromkeys(ours, True)
         leaf = layer.path.rpartition(".")[2]
         stem = self.targets[layer.owned[1]][0].partition(f".{leaf}.")[0]
         found = {}
         for target, name in ours.items():
-            written = GUARD_DISK_NAME if name == GUARD_NAME else name
+            written = guard_on_disk if name == guard else name
             candidates = [f"{layer.path}.{written}", f"{stem}.{leaf}.{written}"]
             for candidate in candidates:
                 prefix = self.model.base_model_prefix
@@ -157,8 +170,30 @@ class Skeleton:
                 raise CompressionError(f"{target}: transformers' key conversions leave no name on disk for it")
         return found
 
+    def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters as the tensors a checkpoint holds: what loading undoes. Views where that is possible.
+
+        Args:
+            tensors: by name in memory; experts may be fewer than the model's.
+
+        Returns:
+            by name on disk: the names of this checkpoint's own layout, or those in memory, which `from_pretrained`
+            takes too, where transformers cannot go back to it.
+        """
+        try:
+            self.model._weight_conversions = self._mapping(add_legacy=False)
+            found: dict[str, torch.Tensor] = revert_weight_conversion(self.model, tensors)
+        finally:
+            del self.model._weight_conversions
+        own = {source for name in tensors for source in self.targets[name]}
+        return found if found.keys() <= own else tensors
+
+    def _mapping(self, add_legacy: bool = True) -> list[WeightTransform]:
+        mapping = get_model_conversion_mapping(self.model, None, self.quantizer, add_legacy)
+        return mapping if self.quantizer is not None else mapping + contract_conversions(self.model)
+
     def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        mapping = get_model_conversion_mapping(self.model, None, self.quantizer)
+        mapping = self._mapping()
         return (
             [entry for entry in mapping if isinstance(entry, WeightRenaming)],
             [entry for entry in mapping if isinstance(entry, WeightConverter)],
@@ -171,6 +206,7 @@ class Skeleton:
         prefix = self.model.base_model_prefix
         targets: dict[str, list[str]] = defaultdict(list)
         extra: list[str] = []
+        shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         for source in self.reader.weight_map:
             target, pattern = rename_source_key(source, renamings, converters, prefix, state)
             if target not in state and source in state:
@@ -179,11 +215,25 @@ class Skeleton:
                 extra.append(source)
                 continue
             targets[target].append(source)
-            if pattern is not None and len(by_pattern[pattern].target_patterns) > 1:
-                first, *others = by_pattern[pattern].target_patterns
+            entry = self.reader.entries.get(source)  # none where only config and index are there, to plan
+            if pattern is None:
+                if entry is not None:
+                    self._check_shape(entry, tuple(state[target].shape), "config.json calls for")
+                continue
+            first, *others = by_pattern[pattern].target_patterns
+            if others:
                 self._siblings[target] = [target.replace(first, other) for other in others]
+            elif entry is not None:  # one of many that make up a parameter, those of one pattern alike
+                self._check_shape(entry, shapes.setdefault((target, pattern), entry.shape), "its like have")
         self._check_sizes(targets, state)
         return dict(targets), extra
+
+    def _check_shape(self, entry: TensorEntry, expected: tuple[int, ...], who: str) -> None:
+        if entry.shape != expected:
+            raise CheckpointError(
+                f"{self.reader.folder}: {entry.name} has the shape {entry.shape} where {who} {expected};"
+                " the checkpoint is damaged or belongs to another config"
+            )
 
     def _check_sizes(self, targets: dict[str, list[str]], state: dict[str, torch.Tensor]) -> None:
         """Every tensor of the model is there and made of as many elements as the config says."""
@@ -263,7 +313,7 @@ class Skeleton:
             dtype_plan=self._dtype_plan,
             device_map={"": self.device},
             hf_quantizer=self.quantizer,
-            weight_mapping=get_model_conversion_mapping(self.model, None, self.quantizer),
+            weight_mapping=self._mapping(),
         )
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, sources, load_config)
@@ -310,7 +360,12 @@ class Skeleton:
         return self.model
 
 
-def _load_config(reader: CheckpointReader) -> transformers.PreTrainedConfig:
+def load_config(reader: CheckpointReader) -> transformers.PreTrainedConfig:
+    """The config of a checkpoint that is not quantised but by us.
+
+    Raises:
+        CheckpointError: it is, or config.json is not usable.
+    """
     folder: Path = reader.folder
     stored = reader.config.get("quantization_config")
     if stored is not None and stored.get("quant_method") != METHOD:

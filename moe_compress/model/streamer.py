@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CalibrationError
 from .driven import DrivenModel, Inputs, LossFunction
+from .grouped import use_tiled_products
 from .skeleton import Skeleton
 
 
@@ -54,15 +55,22 @@ class NotChained(Exception):
     """The layers of this model do not simply pass one tensor on."""
 
 
-def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> Inputs:
+def model_inputs(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Inputs:
     """Keyword arguments of the model for (B, S) token ids and a (B, S) boolean mask of real tokens.
 
-    Without padding no mask is given, which lets attention take its causal fast path.
+    Without padding no mask is given, which lets attention take its causal fast path. (B, L) labels are the targets of
+    an encoder-decoder model, -100 on padding.
     """
     inputs: Inputs = {"input_ids": input_ids}
+    if labels is not None:
+        inputs["labels"] = labels
     if not bool(attention_mask.all()):
         inputs["attention_mask"] = attention_mask.long()
     return inputs
+
+
+class _AllCalled(Exception):
+    """The last layer was reached: nothing after it is worth running."""
 
 
 class LayerStreamer(DrivenModel):
@@ -79,7 +87,9 @@ class LayerStreamer(DrivenModel):
 
     def __init__(self, skeleton: Skeleton, sample: Inputs) -> None:
         super().__init__(skeleton)
+        use_tiled_products(skeleton.model)
         skeleton.load_root()
+        self.names: list[str] = []
         called: list[str] = []
         try:
             trace = self.trace(sample)
@@ -93,7 +103,7 @@ class LayerStreamer(DrivenModel):
         self.names = list(dict.fromkeys(called))
 
     def trace(self, inputs: Inputs) -> Trace:
-        """Runs the model with stand-ins for its layers.
+        """Runs the model with stand-ins for its layers, as far as the last of them.
 
         Raises:
             NotChained: something other than the hidden states flows from layer to layer.
@@ -112,6 +122,8 @@ class LayerStreamer(DrivenModel):
                     first.append(hidden_states.detach())
                 calls.append(LayerCall(name, args, kwargs))
                 previous.append(hidden_states.detach().requires_grad_())
+                if len(calls) == len(self.names):
+                    raise _AllCalled
                 return previous[-1]
 
             return forward
@@ -119,6 +131,8 @@ class LayerStreamer(DrivenModel):
         try:
             with torch.enable_grad():
                 self._logits(inputs, stand_in)
+        except _AllCalled:
+            pass
         except NotChained:
             raise
         except Exception as error:  # a stand-in's single tensor where the model unpacks a tuple
@@ -170,30 +184,39 @@ class LayerStreamer(DrivenModel):
 
 
 def summed_nll(logits: Tensor, inputs: Inputs) -> Tensor:
-    """Summed negative log-likelihood of the text's next tokens, padding left out, in fp32.
+    """Summed negative log-likelihood of the text's next tokens, or of the target's; padding left out, in fp32.
 
     Raises:
         CalibrationError: the loss is not finite.
     """
-    return _nll(logits, inputs, inputs["input_ids"][:, 1:].to(logits.device))
+    return _nll(*_predictions(logits, inputs))
 
 
 def sampled_nll(generator: torch.Generator) -> LossFunction:
     """Like `summed_nll`, with next tokens drawn from the model itself: gives the true Fisher information."""
 
     def loss(logits: Tensor, inputs: Inputs) -> Tensor:
-        probabilities = logits[:, :-1].detach().float().softmax(-1).cpu()
+        logits, labels, mask = _predictions(logits, inputs)
+        probabilities = logits.detach().float().softmax(-1).cpu()
         drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-        return _nll(logits, inputs, drawn.view(probabilities.shape[:2]).to(logits.device))
+        return _nll(logits, drawn.view(labels.shape).to(labels), mask)
 
     return loss
 
 
-def _nll(logits: Tensor, inputs: Inputs, labels: Tensor) -> Tensor:
+def _predictions(logits: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, P, V) logits, the (B, P) ids they are to predict, and the (B, P) mask of those that are no padding."""
+    if "labels" in inputs:
+        labels = inputs["labels"].to(logits.device)
+        return logits, labels, labels >= 0
     mask = inputs.get("attention_mask")
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")
+    return logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device), None if mask is None else mask[:, 1:]
+
+
+def _nll(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     if mask is not None:
-        losses = losses * mask[:, 1:].flatten().to(losses)
+        losses = losses * mask.flatten().to(losses)
     total = losses.sum()
     if not torch.isfinite(total):
         raise CalibrationError(

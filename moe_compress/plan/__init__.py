@@ -13,19 +13,16 @@ import torch
 from rich.console import Console
 
 from ..checkpoint.reader import CheckpointReader, resolve_checkpoint
+from ..method_options import D2MoE
+from ..methods.d2moe import highest_ratio
 from ..recipe import Recipe
 from ..stages.prepare import open_original
 from .costs import Workload
+from .outcome import outcome
 from .shape import describe
-from .sizes import Part, SlotSize, highest_ratio, part_sizes, slot_sizes
+from .sizes import Part, SlotSize, part_sizes, slot_sizes
 from .speed import measure_speed
 from .tables import tables
-
-NOTES = {
-    "allocated": "ranks are allocated once the calibration statistics are there; they spend the same total",
-    "uniform": "every expert gets the uniform rank",
-    "full": "every direction is kept: larger than the original",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +34,8 @@ class Plan:
         num_layers, num_moe_layers: decoder layers, and those with routed experts.
         num_experts, top_k: of the largest MoE layer, and experts a token.
         ratio: fraction of the routed-expert parameters to remove; None keeps every direction.
-        highest_ratio: the ratio must stay below it.
-        note: how ranks are decided.
+        highest_ratio: of a factorisation; the ratio must stay below it.
+        note: what calibration decides.
         parts: parameters and bytes by part, before and after.
         slots: ranks of each kind of factorised projection.
         num_workers: layer workers of the calibration.
@@ -57,7 +54,7 @@ class Plan:
     num_experts: int
     top_k: int
     ratio: float | None
-    highest_ratio: float
+    highest_ratio: float | None
     note: str
     parts: list[Part]
     slots: list[SlotSize]
@@ -77,7 +74,7 @@ class Plan:
     def show(self, console: Console) -> None:
         """Prints tables for a person."""
         for part in tables(self.to_dict()):
-            console.print(part, highlight=False)
+            console.print(part, highlight=False, markup=False)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -89,9 +86,10 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     reader = CheckpointReader(resolve_checkpoint(recipe.model, layout_only=True), allow_missing_shards=True)
     skeleton, layers = open_original(recipe, reader)
-    parts = part_sizes(skeleton, layers, recipe.method)
     model = describe(skeleton, layers)
-    work = Workload(recipe, model, bytes_after=sum(part.bytes_after for part in parts))
+    result = outcome(skeleton.model, layers, recipe.method)
+    parts = part_sizes(skeleton, layers, result.kept_parameters)
+    work = Workload(recipe, model, result, bytes_after=sum(part.bytes_after for part in parts))
     speed = measure_speed(torch.float32, work.dtype, recipe.cluster.threads, recipe.cluster.device)
     flops = work.flops()
     return Plan(
@@ -102,10 +100,10 @@ def make_plan(recipe: Recipe) -> Plan:
         num_experts=max(layer.num_experts for layer in layers),
         top_k=model.top_k,
         ratio=recipe.method.ratio,
-        highest_ratio=highest_ratio(layers, recipe.method),
-        note=NOTES[recipe.method.ranks],
+        highest_ratio=highest_ratio(layers, recipe.method) if isinstance(recipe.method, D2MoE) else None,
+        note=result.note,
         parts=parts,
-        slots=slot_sizes(layers, recipe.method),
+        slots=slot_sizes(result),
         num_workers=work.num_workers,
         memory_bytes=work.memory_bytes(),
         disk_bytes=work.disk_bytes(),

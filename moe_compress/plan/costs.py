@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 
 from ..budget import uniform_rank
-from ..calibration.statistics import gram_shapes
+from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes
+from ..method_options import Merge
 from ..methods.d2moe import Slot, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
 from ..recipe import DatasetText, Recipe
+from .outcome import Outcome
 from .shape import ModelShape
 from .speed import EIGEN
 
@@ -41,6 +43,7 @@ class Workload:
     Args:
         recipe: the job.
         model: the original's shape.
+        result: what is left of the experts.
         bytes_after: size of the output.
 
     Attributes:
@@ -48,8 +51,8 @@ class Workload:
         num_workers: layer workers; num_units: units of work side by side.
     """
 
-    def __init__(self, recipe: Recipe, model: ModelShape, bytes_after: int) -> None:
-        self.recipe, self.model, self.bytes_after = recipe, model, bytes_after
+    def __init__(self, recipe: Recipe, model: ModelShape, result: Outcome, bytes_after: int) -> None:
+        self.recipe, self.model, self.result, self.bytes_after = recipe, model, result, bytes_after
         text = recipe.calibration
         self.dtype = model.dtype if text.dtype == "auto" else getattr(torch, text.dtype)
         self.num_tokens = text.num_sequences * text.sequence_length
@@ -112,19 +115,19 @@ class Workload:
 
     def _evaluation_memory(self) -> dict[str, int]:
         """Of both checkpoints the root tensors and the hidden states of the windows, up to a limit each; on top the
-        larger of one layer with a fused tensor being assembled, beside two logits of a micro-batch, and seven logits
-        of a micro-batch (of both models, their logarithms, a probability, a difference and its product)."""
+        larger of one layer with a fused tensor being assembled, beside two logits of a window, and seven logits of a
+        window (of both models, their logarithms, a probability, a difference and its product)."""
         settings = self.recipe.evaluation
         assert settings is not None
         model, tokens = self.model, self._evaluation_tokens()
         width = (model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)).itemsize
         hidden = ceil(tokens / self.num_units) * model.hidden_size * width
-        logits = min(settings.batch_size * settings.sequence_length, tokens) * model.vocab_size * 4
+        logits = min(settings.sequence_length, tokens) * model.vocab_size * 4
         layer = model.largest_layer * width
         assembly = model.largest_tensor * model.dtype.itemsize
         peaks = [
-            {"resident layer": layer, "assembly of a tensor": assembly, "logits of a micro-batch": 2 * logits},
-            {"logits of a micro-batch": 7 * logits},
+            {"resident layer": layer, "assembly of a tensor": assembly, "logits of a window": 2 * logits},
+            {"logits of a window": 7 * logits},
         ]
         return {
             "libraries": PROCESS_BYTES,
@@ -163,9 +166,17 @@ class Workload:
         return int(self.recipe.calibration.activation_memory_gb * 2**30)
 
     def _statistics_bytes(self, layer: MoELayer) -> int:
-        """Matrix sums in fp32, and the router's E^2 in fp64."""
+        """Matrix sums in fp32, and the router's E^2 in fp64; of vectors E (2 D + F) in fp32, and the sampled tokens: D
+        and k in w, k ids."""
         grams = sum(prod(shape) for shape in gram_shapes(layer, self.full).values())
-        return 4 * grams + 8 * layer.num_experts**2
+        vectors = layer.num_experts * (2 * layer.hidden_size + layer.intermediate_size)
+        sampled = self.num_tokens // ceil(self.num_tokens / SAMPLE_TOKENS)
+        width, top_k = self.dtype.itemsize, self.model.top_k
+        return (
+            4 * (grams + vectors)
+            + 8 * layer.num_experts**2
+            + sampled * (layer.hidden_size * width + top_k * (width + 8))
+        )
 
     # --- operations ----------------------------------------------------------------------------------------
 
@@ -177,6 +188,7 @@ class Workload:
             "calibrate: statistics": self._statistics_flops(),
             "factorise: eigendecompositions": eigen,
             "factorise: products": products,
+            "merge: alignment": self._alignment_flops(),
             "evaluate": self._evaluation_flops(),
         }
 
@@ -218,8 +230,10 @@ class Workload:
         K = min(M, N), r the uniform rank: 9 K^3 of the problem; where N is the smaller side also 9 N^3 for the root
         of the covariance and M N^2 + 3 N^3 of products; 2 M N r for the factors (linalg/factorisation.py).
         """
-        options = self.recipe.method
+        options = self.result.factorised
         eigen = products = 0.0
+        if options is None:
+            return eigen, products
         for layer, slot in self._slots():
             m, n = slot.num_rows, slot.num_columns
             side = min(m, n)
@@ -229,6 +243,19 @@ class Workload:
             eigen += layer.num_experts * 2 * (9 * side**3 + (9 * n**3 if right else 0))
             products += layer.num_experts * (2 * (m * n**2 + 3 * n**3 if right else 0) + 2 * m * n * rank)
         return eigen, products
+
+    def _alignment_flops(self) -> float:
+        """2 F (M D + D F) for every expert that joins another, one product; the assignments come on top."""
+        options = self.recipe.method
+        if not isinstance(options, Merge) or options.align == "none":
+            return 0.0
+        return sum(
+            2.0
+            * (layer.num_experts - left.num_experts)
+            * layer.intermediate_size
+            * (prod(layer.up_shape) + prod(layer.down_shape))
+            for layer, left in zip(self.model.layers, self.result.layers, strict=True)
+        )
 
     def _evaluation_flops(self) -> float:
         """Two forwards, original and compressed."""
@@ -249,9 +276,12 @@ class Workload:
         return min(asked, tokens) if sizes else asked
 
     def _slots(self) -> Iterator[tuple[MoELayer, Slot]]:
-        for layer in self.model.layers:
+        options = self.result.factorised
+        if options is None:
+            return
+        for layer in self.result.layers:
             for group in GROUPS:
-                for slot in slots(layer, group, self.recipe.method):
+                for slot in slots(layer, group, options):
                     yield layer, slot
 
     def _on_gpu(self) -> bool:

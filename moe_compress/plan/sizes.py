@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..budget import uniform_rank
-from ..methods.d2moe import budget_parameters, fixed_ranks, slots
+from ..methods.d2moe import slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
 from ..model.skeleton import ROOT, Skeleton
-from ..recipe import D2MoE
+from .outcome import Outcome
 from .shape import stored_tensors
 
 EXPERTS = "routed experts"
@@ -51,13 +51,13 @@ class SlotSize:
     break_even_rank: int
 
 
-def part_sizes(skeleton: Skeleton, layers: list[MoELayer], options: D2MoE) -> list[Part]:
+def part_sizes(skeleton: Skeleton, layers: list[MoELayer], kept_parameters: int) -> list[Part]:
     """Sizes by part.
 
     Before: elements of the model's tensors times the width of the dtype they lie on disk in, the model's own dtype
     where the shard is not there. What the index holds and the model class has no place for (multi-token prediction)
-    is the rest of the declared bytes, and copied. After: all the same but the routed experts (`kept_parameters`), in
-    the model's dtype.
+    is the rest of the declared bytes, and copied. After: all the same but the routed experts, in the model's dtype; of
+    a shorter router, and of the biases of experts that go, nothing is taken off.
     """
     owned = {name for layer in layers for name in layer.owned}
     counts: Counter[str] = Counter()
@@ -71,8 +71,7 @@ def part_sizes(skeleton: Skeleton, layers: list[MoELayer], options: D2MoE) -> li
     if skeleton.extra:
         sizes[OUTSIDE] = max(skeleton.reader.total_bytes - sizes.total(), 0)
         counts[OUTSIDE] = sizes[OUTSIDE] // skeleton.dtype.itemsize
-    kept = kept_parameters(layers, options)
-    after = {EXPERTS: (kept, kept * skeleton.dtype.itemsize)}
+    after = {EXPERTS: (kept_parameters, kept_parameters * skeleton.dtype.itemsize)}
     return [Part(p, counts[p], sizes[p], *after.get(p, (counts[p], sizes[p]))) for p in PARTS if counts[p]]
 
 
@@ -89,23 +88,13 @@ def _part_of(skeleton: Skeleton, name: str) -> str:
     return "other"
 
 
-def kept_parameters(layers: list[MoELayer], options: D2MoE) -> int:
-    """Routed-expert parameters afterwards: the budget, or sum over slots of E r (M + N), and the bases."""
-    bases = sum(layer.num_parameters // layer.num_experts for layer in layers) if options.base != "none" else 0
-    if options.ranks == "allocated":
-        return budget_parameters(layers, options) + bases
-    return bases + sum(
-        sum(fixed_ranks(layer, slot, options)) * (slot.num_rows + slot.num_columns)
-        for layer in layers
-        for group in GROUPS
-        for slot in slots(layer, group, options)
-    )
-
-
-def slot_sizes(layers: list[MoELayer], options: D2MoE) -> list[SlotSize]:
+def slot_sizes(result: Outcome) -> list[SlotSize]:
     """The kinds of slots there are, in order of appearance."""
+    options = result.factorised
+    if options is None:
+        return []
     kinds: Counter[tuple[str, int, int, int]] = Counter()
-    for layer in layers:
+    for layer in result.layers:
         for group in GROUPS:
             for slot in slots(layer, group, options):
                 kinds[slot.name, slot.num_rows, slot.num_columns, layer.num_experts] += layer.num_experts
@@ -121,19 +110,3 @@ def slot_sizes(layers: list[MoELayer], options: D2MoE) -> list[SlotSize]:
         )
         for (name, rows, columns, num_experts), count in kinds.items()
     ]
-
-
-def highest_ratio(layers: list[MoELayer], options: D2MoE) -> float:
-    """The bound that the ratio must stay under (uniform ranks: may reach).
-
-    Allocated: 1, less 1/E for a base. Uniform: rank one everywhere, 1 - (M + N) / (M N), less 1/E for a base.
-    """
-    based = options.base != "none"
-    bounds = []
-    for layer in layers:
-        base = 1 / layer.num_experts if based else 0.0
-        for group in GROUPS:
-            for slot in slots(layer, group, options):
-                rank_one = (slot.num_rows + slot.num_columns) / (slot.num_rows * slot.num_columns)
-                bounds.append(1 - base - (rank_one if options.ranks == "uniform" else 0))
-    return min(bounds)

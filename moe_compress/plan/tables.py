@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..report.tables import megabytes
+from ..report.tables import bytes_for_people
 
 
 def _table(*columns: str) -> Table:
@@ -24,9 +24,11 @@ def tables(plan: dict[str, Any]) -> Iterator[str | Table]:
         f" {plan['num_experts']} experts, {plan['top_k']} a token"
     )
     yield _sizes(plan)
-    ratio = "every direction kept" if plan["ratio"] is None else f"ratio {plan['ratio']}"
-    yield f"Ranks at {ratio} (possible below {plan['highest_ratio']:.4g}): {plan['note']}"
-    yield _ranks(plan)
+    ratio = "Every direction kept" if plan["ratio"] is None else f"Ratio {plan['ratio']}"
+    limit = "" if plan["highest_ratio"] is None else f" (possible below {plan['highest_ratio']:.4g})"
+    yield f"{ratio}{limit}: {plan['note']}"
+    if plan["slots"]:
+        yield _ranks(plan)
     yield "Memory of one process at its peak"
     yield _memory(plan)
     speeds = ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in plan["speed"].items())
@@ -42,9 +44,9 @@ def _sizes(plan: dict[str, Any]) -> Table:
         table.add_row(
             part["name"],
             f"{part['parameters']:,}",
-            megabytes(part["num_bytes"]),
+            bytes_for_people(part["num_bytes"]),
             f"{part['parameters_after']:,}",
-            megabytes(part["bytes_after"]),
+            bytes_for_people(part["bytes_after"]),
         )
     return table
 
@@ -62,9 +64,9 @@ def _memory(plan: dict[str, Any]) -> Table:
     table = _table("process", "of it", "bytes")
     for process, parts in plan["memory_bytes"].items():
         table.add_section()
-        table.add_row(process, "", megabytes(sum(parts.values())))
+        table.add_row(process, "", bytes_for_people(sum(parts.values())))
         for name, size in parts.items():
-            table.add_row("", name, megabytes(size))
+            table.add_row("", name, bytes_for_people(size))
     return table
 
 
@@ -74,6 +76,6 @@ def _costs(plan: dict[str, Any]) -> Table:
         table.add_row(stage, f"{count / 1e12:,.2f} TFLOP", f"{plan['seconds'][stage]:,.0f} s")
     table.add_section()
     for name, size in plan["disk_bytes"].items():
-        table.add_row(f"disk: {name}", megabytes(size), "")
-    table.add_row("between workers", megabytes(plan["network_bytes"]), "")
+        table.add_row(f"disk: {name}", bytes_for_people(size), "")
+    table.add_row("between workers", bytes_for_people(plan["network_bytes"]), "")
     return table

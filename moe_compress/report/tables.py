@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..checkpoint.manifest import MANIFEST_NAME, Manifest
 from ..checkpoint.reader import CheckpointReader, resolve_checkpoint
@@ -19,9 +21,12 @@ from ..model.skeleton import Skeleton
 from ..stages.summary import SUMMARY_NAME
 
 
-def megabytes(count: float) -> str:
+def bytes_for_people(count: float) -> str:
     """Bytes for people, in powers of ten."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.{2 if unit == 'GB' else 1}f} {unit}"
+    return f"{count:.0f} B"
 
 
 def show_job(job_dir: Path, console: Console) -> None:
@@ -33,25 +38,31 @@ def show_job(job_dir: Path, console: Console) -> None:
     path = job_dir / SUMMARY_NAME
     if not path.is_file():
         raise RecipeError(f"job_dir: {job_dir} holds no finished job; run moe-compress compress first")
-    summary: dict[str, Any] = json.loads(path.read_text())
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise RecipeError(f"job_dir: {path} is not JSON ({error}); run moe-compress compress again") from error
     console.print(_quality_table(summary))
     console.print(_stage_table(summary["stages"]))
 
 
 def _quality_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"{summary['model']} -> {summary['output']}")
+    table = Table(title=Text(f"{summary['model']} -> {summary['output']}"))
     for column in ("", "original", "compressed", "change"):
         table.add_column(column, justify="right" if column else "left")
     parameters, size, scores = summary["parameters"], summary["bytes"], summary["scores"]
 
-    def add(name: str, before: float, after: float, show: Any) -> None:
-        table.add_row(name, show(before), show(after), f"{after / before - 1:+.1%}")
+    def add(name: str, before: float, after: float, show: Callable[[float], str]) -> None:
+        table.add_row(name, show(before), show(after), f"{after / before - 1:+.1%}" if before else "")
 
     add("parameters", parameters["original"], parameters["compressed"], "{:,.0f}".format)
     add("  routed experts", parameters["experts_original"], parameters["experts_compressed"], "{:,.0f}".format)
-    add("bytes on disk", size["original"], size["compressed"], megabytes)
+    add("bytes on disk", size["original"], size["compressed"], bytes_for_people)
     if scores is not None:
         add("perplexity", scores["original_perplexity"], scores["perplexity"], "{:.3f}".format)
+        if scores["exact_match"] is not None:
+            add("exact match, generated", scores["original_exact_match"], scores["exact_match"], "{:.2%}".format)
+            add("token F1, generated", scores["original_token_f1"], scores["token_f1"], "{:.2%}".format)
         table.add_row("top-1 agreement", "", f"{scores['agreement']:.2%}", "")
         table.add_row("KL, nats a token", "", f"{scores['kl']:.4f} ± {scores['kl_error']:.4f}", "")
     return table
@@ -63,7 +74,7 @@ def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, figures in stages.items():
         speed = f"{figures['tokens'] / max(figures['seconds'], 1e-9):,.0f}" if figures["tokens"] else ""
-        peak = megabytes(figures["peak_bytes"]) if "peak_bytes" in figures else ""
+        peak = bytes_for_people(figures["peak_bytes"]) if "peak_bytes" in figures else ""
         table.add_row(name, f"{figures['seconds']:.1f}", speed, peak)
     return table
 
@@ -74,30 +85,36 @@ def inspect_checkpoint(checkpoint: str, console: Console) -> None:
     skeleton = Skeleton(reader)
     quantization = reader.config.get("quantization_config") or {}
     compressed = quantization.get("layers", {}) if quantization.get("quant_method") == METHOD else {}
-    table = Table(title=f"{checkpoint}: {reader.config.get('model_type')}, {megabytes(reader.total_bytes)}")
-    for column in ("experts", "number", "shape", "bytes", "ranks"):
-        table.add_column(column, justify="left" if column == "experts" else "right")
+    table = Table(
+        title=Text(f"{checkpoint}: {reader.config.get('model_type')}, {bytes_for_people(reader.total_bytes)}")
+    )
+    table.add_column("experts", overflow="fold")
+    for column in ("number", "bytes", "each"):
+        table.add_column(column, justify="right")
+
+    def add(path: str, number: int, each: str) -> None:
+        size = sum(reader.entries[name].num_bytes for name in skeleton.source_names(path))
+        table.add_row(path, str(number), bytes_for_people(size), each)
+
     for path, spec in compressed.items():
-        names = skeleton.source_names(path)
-        size = sum(reader.entries[name].num_bytes for name in names)
-        ranks = "; ".join(f"{slot} {_ranks(entry['ranks'])}" for slot, entry in spec.items())
-        number = len(next(iter(spec.values()))["ranks"])
-        table.add_row(path, str(number), "", megabytes(size), ranks)
+        ranks = {slot: entry["ranks"] for slot, entry in spec.items() if isinstance(entry, dict)}
+        each = [f"{slot} {_ranks(of_slot)}" for slot, of_slot in ranks.items()]
+        if "router" in spec:
+            each.insert(0, "shorter router" if spec["router"] == "slice" else "led to by the original's router")
+        add(path, spec.get("num_experts") or len(next(iter(ranks.values()))), "\n".join(each))
     for layer in [] if compressed else skeleton.moe_layers():
-        names = skeleton.source_names(layer.path)
-        size = sum(reader.entries[name].num_bytes for name in names)
-        shape = f"{layer.hidden_size} x {layer.intermediate_size}"
-        table.add_row(layer.path, str(layer.num_experts), shape, megabytes(size), "")
+        add(layer.path, layer.num_experts, f"{layer.hidden_size} x {layer.intermediate_size}")
     console.print(table)
     total = sum(prod(entry.shape) for entry in reader.entries.values())
-    console.print(f"{total:,} parameters in {len(reader.entries)} tensors, {len(reader.files)} shards")
+    console.print(f"{total:,} parameters in {len(reader.entries)} tensors, {len(reader.files)} shards", highlight=False)
     if (reader.folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(reader.folder)
-        console.print(f"made from {manifest.source.name} by moe-compress {manifest.tool_version}")
+        made = f"made from {manifest.source.name} by moe-compress {manifest.tool_version}"
+        console.print(made, highlight=False, markup=False)
 
 
 def _ranks(ranks: list[int]) -> str:
     low = [rank for rank in ranks if rank != DENSE]
     dense = len(ranks) - len(low)
-    spread = f"{min(low)}..{max(low)}" if low else "none"
-    return f"{spread} ({dense} whole)" if dense else spread
+    found = [f"rank {min(low)}..{max(low)}"] if low else []
+    return ", ".join(found + ([f"{dense} whole"] if dense else []))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import torch
@@ -13,38 +12,22 @@ from ..checkpoint.writer import atomic_write
 from ..errors import CalibrationError
 from ..executor import Executor, Ref, WorkerLost
 from ..job import Job
-from ..model.expert_bank import GROUPS, Group
 from ..progress import Reporter
-from .prepare import Prepared
-from .units import Workplace, decompose_group, statistics_seen
+from .prepare import Prepared, sampled_seed, sums_full_grams
+from .scheme import Pending, Scheme
+from .units import statistics_seen
 
 MAX_WORKER_LOSSES = 3
 """How often lost layer workers are replaced before the job gives up."""
 
-Decomposing = dict[tuple[str, Group], Ref]
-"""(experts path, group) -> its decomposition, under way since the statistics were written."""
 
-
-def calibrate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> tuple[Workplace, Decomposing]:
-    """Gathers the statistics of every MoE layer; each is decomposed as soon as its statistics are written.
+def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, reporter: Reporter) -> Pending:
+    """Gathers the statistics of every MoE layer; the scheme's analyses start as soon as a layer's are written.
 
     Raises:
         CalibrationError: activations are not finite, or workers were lost for good; finished work is kept.
     """
-    recipe, text = prepared.recipe, prepared.recipe.calibration
-    full = text.full_covariance == "always" or recipe.method.needs_full_covariance
-    sampled = text.seed if text.labels == "sampled" else None
-    sums_of = (prepared.source_digest, prepared.calibration_tokens.stem, text.batch_size, text.dtype, full, sampled)
-    statistics = job.place("statistics", *sums_of, recipe.cluster.threads)
-    how = recipe.method.model_dump(include={"base", "weighting", "gate_up", "align", "damping", "min_tokens"})
-    place = Workplace(
-        checkpoint=prepared.reader.folder,
-        statistics=statistics,
-        alignment=job.place("alignment", statistics.name),
-        spectra=job.place("spectra", statistics.name, how),
-        options=recipe.method,
-        device=recipe.cluster.device,
-    )
+    recipe, text, statistics = prepared.recipe, prepared.recipe.calibration, prepared.statistics
     setup = CalibrationSetup(
         checkpoint=prepared.reader.folder,
         tokens=prepared.calibration_tokens,
@@ -54,17 +37,17 @@ def calibrate(job: Job, prepared: Prepared, executor: Executor, reporter: Report
         dtype=None if text.dtype == "auto" else getattr(torch, text.dtype),
         device=recipe.cluster.device,
         activation_bytes=int(text.activation_memory_gb * 2**30),
-        full_grams=full,
-        sampled_seed=sampled,
+        full_grams=sums_full_grams(recipe),
+        sampled_seed=sampled_seed(recipe),
         chunk_layers=recipe.cluster.resident_layers,
         num_workers=executor.num_workers,
     )
-    decomposing: Decomposing = {}
+    pending: Pending = []
     done = statistics / "done.json"
     if not done.exists():
         for losses in range(MAX_WORKER_LOSSES + 1):
             try:
-                seen = _sweep(setup, place, executor, reporter, decomposing)
+                seen = _sweep(setup, scheme, executor, reporter, pending)
                 break
             except WorkerLost as lost:
                 job.event("worker_lost", reason=str(lost), losses=losses + 1)
@@ -86,11 +69,11 @@ def calibrate(job: Job, prepared: Prepared, executor: Executor, reporter: Report
         job.event("layers_not_reached", layers=unseen)
         reporter.say(f"left as they are, for the text never reaches them: {', '.join(unseen)}")
     prepared.layers = layers
-    return place, decomposing
+    return pending
 
 
 def _sweep(
-    setup: CalibrationSetup, place: Workplace, executor: Executor, reporter: Reporter, decomposing: Decomposing
+    setup: CalibrationSetup, scheme: Scheme, executor: Executor, reporter: Reporter, pending: Pending
 ) -> list[str]:
     """One forward and backward of the whole calibration text; the paths of the MoE layers it reached."""
     executor.start_workers(setup)
@@ -135,7 +118,7 @@ def _sweep(
             stage.advance(1, weight[index] / (2 * num_chunks))
             if index in finishing:
                 seen += result
-                for path, group in itertools.product(result, GROUPS):
-                    decomposing[path, group] = executor.submit(decompose_group, place, path, group)
+                works = (work for path in result for work in scheme.analyses(path))
+                pending += [executor.submit(work.unit, *work.args) for work in works]
     executor.stop_workers()
     return seen

@@ -5,47 +5,28 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from ..executor import Executor, Ref
+from ..executor import Executor
 from ..job import Job
-from ..model.expert_bank import GROUPS
-from ..model.experts import slots_of
 from ..progress import Reporter
-from .allocate import Ranks
 from .prepare import Prepared
-from .units import Workplace, copy_tensors, factorise_group
+from .scheme import Decision, Work, run_all
+from .units import copy_tensors
 
 
 def compress_layers(
-    job: Job,
-    prepared: Prepared,
-    place: Workplace,
-    ranks: Ranks,
-    executor: Executor,
-    reporter: Reporter,
+    job: Job, prepared: Prepared, decision: Decision, executor: Executor, reporter: Reporter
 ) -> list[Path]:
-    """Writes every shard of the output into the job folder: one a group of a layer, and the untouched rest."""
+    """Writes every shard of the output into the job folder: those of the decision, and the untouched rest."""
     skeleton, reader = prepared.skeleton, prepared.reader
-    based = prepared.recipe.method.base != "none"
-    folder = job.place("shards", place.spectra.name, sorted((p, g, r) for (p, g), r in ranks.items()))
-    owned = {s for layer in prepared.layers for name in layer.owned for s in skeleton.targets[name]}
+    method = prepared.recipe.method.model_dump(mode="json")
+    folder = job.place("shards", prepared.statistics.name, method, decision.provenance)
+    replaced = {source for name in decision.replaced for source in skeleton.targets[name]}
     rest: dict[Path, list[str]] = defaultdict(list)
     for name, entry in reader.entries.items():
-        if name not in owned:
+        if name not in replaced:
             rest[entry.file].append(name)
-    total = len(ranks) + len(rest)
-    targets = [folder / f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
-    refs: list[Ref] = []
-    for target, names in zip(targets, rest.values(), strict=False):
-        refs.append(executor.submit(copy_tensors, reader.folder, names, target))
-    left = iter(targets[len(rest) :])
-    for layer in prepared.layers:
-        for group in GROUPS:
-            chosen = ranks[layer.path, group]
-            spec = {slot: {"ranks": r, "base": based} for slot, r in chosen.items()}
-            parameters = [n for slot in slots_of(spec, layer.up_shape[0], *layer.down_shape) for n in slot.shapes()]
-            on_disk = skeleton.disk_names(layer, parameters)
-            refs.append(executor.submit(factorise_group, place, layer.path, group, chosen, on_disk, next(left)))
-    with reporter.stage("compress", len(refs)) as stage:
-        for _ in executor.results(refs):
-            stage.advance()
+    works = [Work(copy_tensors, (reader.folder, names)) for names in rest.values()] + decision.shards
+    targets = [folder / f"model-{i:05d}-of-{len(works):05d}.safetensors" for i in range(1, len(works) + 1)]
+    shards = [Work(work.unit, (*work.args, target)) for work, target in zip(works, targets, strict=True)]
+    run_all("compress", shards, [], executor, reporter)
     return targets

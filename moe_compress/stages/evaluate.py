@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from ..calibration.text import TokenBatch
 from ..checkpoint.manifest import MANIFEST_NAME
 from ..checkpoint.writer import atomic_write
-from ..evaluation.agreement import Scores, evaluate_windows, merge_scores
+from ..evaluation.agreement import GENERATED, Scores, evaluate_windows, merge_scores
+from ..evaluation.generation import score_generated
 from ..executor import Executor
 from ..job import Job, digest_of
 from ..progress import Reporter
@@ -27,7 +28,8 @@ def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporte
     if settings is None or prepared.evaluation_tokens is None:
         return None
     output = prepared.recipe.output_path
-    made_from = digest_of((output / MANIFEST_NAME).read_text(), prepared.evaluation_tokens.stem, settings.dtype)
+    what = (prepared.evaluation_tokens.stem, settings.dtype, settings.generate)
+    made_from = digest_of((output / MANIFEST_NAME).read_text(), *what)
     target = job.folder / f"evaluation-{made_from}.parquet"
     if not target.exists():
         write_table(
@@ -41,6 +43,7 @@ def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporte
                 prepared.recipe.cluster.device,
                 executor,
                 reporter,
+                settings.generate,
             ),
         )
     scores = merge_scores(pq.read_table(target))
@@ -57,8 +60,12 @@ def run_evaluation(
     device: str,
     executor: Executor,
     reporter: Reporter,
+    generate: int = 0,
 ) -> pa.Table:
-    """One row a window: tokens, NLL, and beside the original its NLL, KL divergence and top-1 agreement."""
+    """One row a window: tokens, NLL, and beside the original its NLL, KL divergence and top-1 agreement.
+
+    The first `generate` rows tell besides how the generated targets compare with the given ones.
+    """
     num_batches = math.ceil(len(TokenBatch.load(tokens).input_ids) / batch_size)
     pieces = min(num_batches, executor.num_slots)
     edges = [num_batches * piece // pieces for piece in range(pieces + 1)]
@@ -71,4 +78,15 @@ def run_evaluation(
         for index, table in executor.results(refs):
             parts[index] = table
             stage.advance(1, sum(table["tokens"].to_pylist()))
-    return pa.concat_tables([parts[index] for index in range(len(refs))])
+    table = pa.concat_tables([parts[index] for index in range(len(refs))])
+    if generate:
+        models = {"": checkpoint} if against is None else {"": checkpoint, "original_": against}
+        how = (tokens, batch_size, dtype, device, generate)
+        refs = [executor.submit(score_generated, model, *how) for model in models.values()]
+        with reporter.stage("generate", len(refs)) as stage:
+            for index, rows in executor.results(refs):
+                for name, values in zip(GENERATED, zip(*rows, strict=True), strict=True):
+                    column = pa.array([*values, *[None] * (table.num_rows - len(values))], pa.float64())
+                    table = table.append_column([*models][index] + name, column)
+                stage.advance()
+    return table

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint.manifest import MANIFEST_NAME, Manifest
-from ..checkpoint.reader import CheckpointReader, check_finite, content_digest, resolve_checkpoint
-from ..checkpoint.writer import atomic_write
-from ..errors import RecipeError
+from ..checkpoint.reader import CheckpointReader, content_digest, resolve_checkpoint
+from ..errors import CheckpointError, RecipeError
 from ..job import Job
+from ..method_options import D2MoE
+from ..methods.counts import check_counts
 from ..methods.d2moe import check_ratio
 from ..model.discovery import MoELayer
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton
 from ..recipe import Cluster, Recipe
-from .tokens import calibration_tokens, check_texts, evaluation_tokens, load_tokenizer
+from .tokens import calibration_tokens, check_texts, check_vocabulary, evaluation_tokens, load_tokenizer
 
 
 @dataclass(slots=True)
@@ -31,7 +33,17 @@ class Prepared:
     layers: list[MoELayer]
     source_digest: str
     calibration_tokens: Path
+    statistics: Path
     evaluation_tokens: Path | None
+
+    def provenance(self) -> dict[str, Any]:
+        """The part of the recipe that decides the bytes of the output, without a path of this machine."""
+        calibration = self.recipe.calibration.model_dump(mode="json", exclude={"text", "activation_memory_gb"})
+        return {
+            "method": self.recipe.method.model_dump(mode="json", exclude={"preset"}),
+            "calibration": calibration | {"tokens": self.calibration_tokens.stem},
+            "threads": self.recipe.cluster.threads,
+        }
 
 
 def check(recipe: Recipe) -> tuple[CheckpointReader, Skeleton, list[MoELayer]]:
@@ -41,11 +53,28 @@ def check(recipe: Recipe) -> tuple[CheckpointReader, Skeleton, list[MoELayer]]:
         RecipeError, CheckpointError: one line each.
     """
     _check_device(recipe.cluster)
-    check_texts(recipe)
-    reader = CheckpointReader(resolve_checkpoint(recipe.model))
+    reader = CheckpointReader(resolve_checkpoint(recipe.model).absolute())  # workers may be at home elsewhere
     skeleton, layers = open_original(recipe, reader)
+    _check_kind(recipe, skeleton)
+    check_texts(recipe, skeleton.model.config.is_encoder_decoder)
     load_tokenizer(reader.folder)
     return reader, skeleton, layers
+
+
+def _check_kind(recipe: Recipe, skeleton: Skeleton) -> None:
+    """What only an encoder-decoder model can be asked for, and what it must tell."""
+    config, settings = skeleton.model.config, recipe.evaluation
+    if not config.is_encoder_decoder:
+        if settings is not None and settings.generate:
+            raise RecipeError(
+                f"evaluation.generate: {settings.generate} targets of pairs, which only encoder-decoder models have and"
+                f" '{config.model_type}' is none; leave it out"
+            )
+    elif config.decoder_start_token_id is None or config.pad_token_id is None:
+        raise CheckpointError(
+            f"{skeleton.reader.folder}: config.json has no decoder_start_token_id or no pad_token_id, by which targets"
+            " become the decoder's input; add them"
+        )
 
 
 def open_original(recipe: Recipe, reader: CheckpointReader) -> tuple[Skeleton, list[MoELayer]]:
@@ -58,12 +87,25 @@ def open_original(recipe: Recipe, reader: CheckpointReader) -> tuple[Skeleton, l
         raise RecipeError(f"model: {recipe.model} is a compressed checkpoint already; give the original")
     skeleton = Skeleton(reader)
     layers = skeleton.moe_layers()
-    check_ratio(layers, recipe.method)
+    if isinstance(recipe.method, D2MoE):
+        check_ratio(layers, recipe.method)
+        _check_alignment(layers, recipe.method)
+    else:
+        check_counts(skeleton.model, layers, recipe.method)
     return skeleton, layers
 
 
+def _check_alignment(layers: list[MoELayer], options: D2MoE) -> None:
+    biased = next((layer for layer in layers if layer.has_bias), None)
+    if options.align and biased is not None:
+        raise RecipeError(
+            f"method.align: true cannot be: the experts of {biased.path} have biases, which alignment does not move;"
+            " leave align out"
+        )
+
+
 def check_output(recipe: Recipe) -> None:
-    """The output must be free, or hold what an earlier run of this job put there.
+    """The output must be a folder that can appear with one rename: free, or a compressed checkpoint.
 
     Raises:
         RecipeError: it is taken, or it or the job folder cannot be written.
@@ -78,13 +120,11 @@ def check_output(recipe: Recipe) -> None:
         raise RecipeError(f"job_dir: {job_dir} lies in the output, {output}; choose a folder outside of it")
     _check_writable("output", output.parent)
     _check_writable("job_dir", job_dir)
-    if (output / MANIFEST_NAME).exists():
-        made_by = Manifest.load(output).recipe.get("method")
-        if made_by != recipe.method.model_dump(mode="json", exclude={"preset"}):
-            raise RecipeError(
-                f"output: {output} holds a compressed checkpoint of another job; choose another folder or remove it"
-            )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.is_symlink() or output.is_mount():
+        kind = "symbolic link" if output.is_symlink() else "mount point"
+        raise RecipeError(f"output: {output} is a {kind}, which no rename can replace; give a new folder below it")
+    is_ours = (output / MANIFEST_NAME).exists()
+    if output.exists() and not is_ours and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"output: {output} exists and is not ours; choose another folder or remove it")
 
 
@@ -114,8 +154,12 @@ def _check_device(settings: Cluster) -> None:
 def prepare(job: Job, reader: CheckpointReader, skeleton: Skeleton, layers: list[MoELayer]) -> Prepared:
     """Tokenises the texts, takes the digest of the original and looks for NaN in it; cached in the job folder.
 
+    Every byte of the original is read once, for its digest: by name and size alone a resumed job could mix two
+    checkpoints. NaN and infinity are looked for in the same read.
+
     Raises:
-        RecipeError, CheckpointError: a text or a weight that cannot be used.
+        RecipeError: a text cannot be used, or the output holds the checkpoint of another job.
+        CheckpointError: a weight is not finite, the tokenizer does not belong to the model.
     """
     recipe = job.recipe
     folder = job.folder / "tokens"
@@ -125,8 +169,38 @@ def prepare(job: Job, reader: CheckpointReader, skeleton: Skeleton, layers: list
     if recipe.evaluation is not None:
         windows = evaluation_tokens(recipe.evaluation, reader.folder, folder)
     digest = content_digest(reader, job.folder / "source.json")
-    finite = job.place("source", digest) / "finite"
-    if not finite.exists():
-        check_finite(reader)
-        atomic_write(finite, "")
-    return Prepared(recipe, reader, skeleton, layers, digest, tokens, windows)
+    statistics = statistics_place(job, recipe, digest, tokens)
+    num_ids = skeleton.model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(reader.folder, num_ids, *(file for file in (tokens, windows) if file is not None))
+    prepared = Prepared(recipe, reader, skeleton, layers, digest, tokens, statistics, windows)
+    _check_earlier_output(prepared)
+    return prepared
+
+
+def _check_earlier_output(prepared: Prepared) -> None:
+    """A compressed checkpoint at the output must be the one that this very job makes."""
+    output = prepared.recipe.output_path
+    if not (output / MANIFEST_NAME).exists():
+        return
+    found = Manifest.load(output)
+    if (found.source.digest, found.recipe) != (prepared.source_digest, prepared.provenance()):
+        raise RecipeError(
+            f"output: {output} holds a compressed checkpoint of another job; choose another folder or remove it"
+        )
+
+
+def statistics_place(job: Job, recipe: Recipe, source_digest: str, tokens: Path) -> Path:
+    """The folder of the statistics that a recipe asks for; every method and ratio on the same text shares it."""
+    text = recipe.calibration
+    made_from = (source_digest, tokens.stem, text.batch_size, text.dtype, sums_full_grams(recipe), sampled_seed(recipe))
+    return job.place("statistics", *made_from, recipe.cluster.threads)
+
+
+def sums_full_grams(recipe: Recipe) -> bool:
+    """Whether calibration keeps input covariances on the larger side too."""
+    return recipe.calibration.full_covariance == "always" or recipe.method.needs_full_covariance
+
+
+def sampled_seed(recipe: Recipe) -> int | None:
+    """Seed of the labels that the model samples; None for the text's own."""
+    return recipe.calibration.seed if recipe.calibration.labels == "sampled" else None

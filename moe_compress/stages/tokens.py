@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..calibration.pairs import calibration_pairs, dataset_pairs, evaluation_pairs, read_pairs
 from ..calibration.text import (
     TokenBatch,
     calibration_sequences,
     dataset_documents,
     evaluation_windows,
     read_documents,
+    read_texts,
 )
+from ..checkpoint.reader import CheckpointReader
 from ..errors import CheckpointError, RecipeError
 from ..job import digest_of
-from ..recipe import Calibration, DatasetText, Evaluation, Recipe, Text
+from ..model.skeleton import load_config
+from ..recipe import Calibration, DatasetText, Evaluation, Recipe, Text, TextPairs
 
 
-def check_texts(recipe: Recipe) -> None:
+def check_texts(recipe: Recipe, of_pairs: bool) -> None:
     """Refuses text that cannot be read, as far as that shows without reading it.
+
+    Args:
+        recipe: the job.
+        of_pairs: the model is an encoder-decoder one.
 
     Raises:
         RecipeError: names the field and the file.
@@ -32,12 +41,11 @@ def check_texts(recipe: Recipe) -> None:
         if part is None or isinstance(part.text, DatasetText):
             continue
         with _naming(field):
-            read_documents(part.text)  # looks at the names now, at the files when iterated
+            # looks at the names now, at the files when iterated
+            _pairs(part.text, part) if of_pairs else read_documents(part.text)
             for path in part.text:
                 if not Path(path).stat().st_size:
                     raise RecipeError(f"{path}: is empty; give another file")
-    if recipe.evaluation is not None and isinstance(recipe.evaluation.text, DatasetText):
-        raise RecipeError("evaluation.text: a dataset is not supported here yet; give text files")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -56,27 +64,97 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def calibration_tokens(settings: Calibration, checkpoint: Path, folder: Path) -> Path:
-    """File of the packed calibration text, named by what it was made from."""
+    """File of the packed calibration text, named by what it was made from.
+
+    Raises:
+        RecipeError: the text cannot be read, or fills no sequence.
+    """
     shape = (settings.num_sequences, settings.sequence_length, settings.seed)
-    with _naming("calibration.text"):
-        made_from = digest_of("calibration", _identity(settings.text), _tokenizer_digest(checkpoint), shape)
-        target = folder / f"{made_from}.safetensors"
-        if not target.exists():
-            documents = _documents(settings.text)
-            _save(calibration_sequences(documents, load_tokenizer(checkpoint), *shape), target)
-    return target
+    if reads_pairs(checkpoint):
+        return _cached_pairs("calibration", settings, shape, checkpoint, folder, calibration_pairs)
+
+    def make() -> TokenBatch:
+        return calibration_sequences(_documents(settings.text, read_documents), load_tokenizer(checkpoint), *shape)
+
+    return _cached("calibration", settings.text, shape, checkpoint, folder, make)
 
 
 def evaluation_tokens(settings: Evaluation, checkpoint: Path, folder: Path) -> Path:
-    """File of the evaluation windows, named by what it was made from."""
+    """File of the evaluation windows, named by what it was made from.
+
+    Raises:
+        RecipeError: the text cannot be read, or fills no window.
+    """
     shape = (settings.sequence_length, settings.max_windows)
-    assert not isinstance(settings.text, DatasetText)  # refused by check_texts
-    with _naming("evaluation.text"):
-        made_from = digest_of("evaluation", _identity(settings.text), _tokenizer_digest(checkpoint), shape)
+    if reads_pairs(checkpoint):
+        return _cached_pairs("evaluation", settings, shape, checkpoint, folder, evaluation_pairs)
+
+    def make() -> TokenBatch:
+        return evaluation_windows(_documents(settings.text, read_texts), load_tokenizer(checkpoint), *shape)
+
+    return _cached("evaluation", settings.text, shape, checkpoint, folder, make)
+
+
+def check_vocabulary(checkpoint: Path, num_ids: int, *files: Path) -> None:
+    """Every id in the token files must have a row in the model's embedding.
+
+    Raises:
+        CheckpointError: the tokenizer does not belong to the model.
+    """
+    highest = max(int(ids.max()) for file in files for ids in _all_ids(TokenBatch.load(file)))
+    if highest >= num_ids:
+        raise CheckpointError(
+            f"{checkpoint}: the tokenizer gives id {highest} and the embedding ends at {num_ids - 1}; copy the"
+            " original's tokenizer files there"
+        )
+
+
+def _all_ids(batch: TokenBatch) -> list[Tensor]:
+    return [batch.input_ids] if batch.labels is None else [batch.input_ids, batch.labels]
+
+
+def reads_pairs(checkpoint: Path) -> bool:
+    """Whether the texts of a checkpoint are pairs: it is an encoder-decoder model."""
+    return bool(load_config(CheckpointReader(checkpoint, allow_missing_shards=True)).is_encoder_decoder)
+
+
+def _pairs(text: Text, settings: TextPairs) -> Iterator[tuple[str, str]]:
+    fields = (settings.source_field, settings.target_field)
+    if isinstance(text, DatasetText):
+        return dataset_pairs(text.dataset, text.config, text.split, fields)
+    return read_pairs(text, fields)
+
+
+def _cached_pairs(
+    part: str,
+    settings: Calibration | Evaluation,
+    shape: tuple[Any, ...],
+    checkpoint: Path,
+    folder: Path,
+    tokenise: Callable[..., TokenBatch],
+) -> Path:
+    def make() -> TokenBatch:
+        return tokenise(_pairs(settings.text, settings), load_tokenizer(checkpoint), *shape)
+
+    how = (*shape, settings.source_field, settings.target_field)
+    return _cached(part, settings.text, how, checkpoint, folder, make)
+
+
+def _cached(
+    part: str, text: Text, shape: tuple[Any, ...], checkpoint: Path, folder: Path, make: Callable[[], TokenBatch]
+) -> Path:
+    with _naming(f"{part}.text"):
+        made_from = digest_of(part, _identity(text), _tokenizer_digest(checkpoint), shape)
         target = folder / f"{made_from}.safetensors"
         if not target.exists():
-            _save(evaluation_windows(settings.text, load_tokenizer(checkpoint), *shape), target)
+            make().save(target)
     return target
+
+
+def _documents(text: Text, read: Callable[[Sequence[str]], Iterator[str]]) -> Iterator[str]:
+    if isinstance(text, DatasetText):
+        return dataset_documents(text.dataset, text.config, text.split)
+    return read(text)
 
 
 @contextmanager
@@ -86,18 +164,6 @@ def _naming(field: str) -> Iterator[None]:
         yield
     except RecipeError as error:
         raise RecipeError(f"{field}: {error}") from error
-
-
-def _save(tokens: TokenBatch, target: Path) -> None:
-    partial = target.with_suffix(".partial")
-    tokens.save(partial)
-    partial.replace(target)
-
-
-def _documents(text: Text) -> Iterator[str]:
-    if isinstance(text, DatasetText):
-        return dataset_documents(text.dataset, text.config, text.split)
-    return read_documents(text)
 
 
 def _identity(text: Text) -> Any:

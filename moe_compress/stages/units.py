@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,11 +20,12 @@ from ..calibration.statistics import LayerStatistics
 from ..calibration.worker import pick_device, statistics_path
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.writer import ShardInfo, atomic_write, describe_shard, write_shard
+from ..method_options import D2MoE
 from ..methods.d2moe import GroupProblem, channel_alignment
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, stock_name, to_canonical
+from ..model.merged import MAP_NAME
 from ..model.skeleton import Skeleton
-from ..recipe import D2MoE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +48,15 @@ class Workplace:
 
 
 @lru_cache(maxsize=1)
-def _open(checkpoint: Path) -> tuple[Skeleton, dict[str, MoELayer]]:
+def open_checkpoint(checkpoint: Path) -> tuple[Skeleton, dict[str, MoELayer]]:
     """The skeleton of a checkpoint; a process runs many units of the same one."""
     skeleton = Skeleton(CheckpointReader(checkpoint))
     return skeleton, {layer.path: layer for layer in skeleton.moe_layers()}
 
 
-def _weight(checkpoint: Path, path: str, group: Group) -> tuple[MoELayer, Tensor]:
+def read_weight(checkpoint: Path, path: str, group: Group) -> tuple[MoELayer, Tensor]:
     """(layer, its experts (E, M, N) in the checkpoint's dtype); memory is the caller's."""
-    skeleton, layers = _open(checkpoint)
+    skeleton, layers = open_checkpoint(checkpoint)
     layer = layers[path]
     return layer, to_canonical(layer, group, skeleton.take(f"{path}.{stock_name(layer, group)}"))
 
@@ -69,14 +71,14 @@ def align_layer(place: Workplace, path: str) -> None:
     target = place.alignment / f"{path}.safetensors"
     if target.exists():
         return
-    layer, up = _weight(place.checkpoint, path, "up")
-    _, down = _weight(place.checkpoint, path, "down")
+    layer, up = read_weight(place.checkpoint, path, "up")
+    _, down = read_weight(place.checkpoint, path, "down")
     statistics = LayerStatistics.load(layer, statistics_path(place.statistics, path))
     write_shard(target, {"order": channel_alignment(layer, up, down, statistics)})
 
 
 def _problem(place: Workplace, path: str, group: Group) -> GroupProblem:
-    layer, weight = _weight(place.checkpoint, path, group)
+    layer, weight = read_weight(place.checkpoint, path, group)
     statistics = LayerStatistics.load(layer, statistics_path(place.statistics, path))
     order = None
     if place.options.align:
@@ -91,7 +93,11 @@ def decompose_group(place: Workplace, path: str, group: Group) -> None:
     target = spectra_path(place.spectra, path, group)
     if target.exists():
         return
-    energies = _problem(place, path, group).energies()
+    write_spectra(target, _problem(place, path, group).energies())
+
+
+def write_spectra(target: Path, energies: dict[str, Tensor]) -> None:
+    """Writes energies (E, K) by slot as a table."""
     table = pa.table(
         {
             "slot": [name for name, rows in energies.items() for _ in rows],
@@ -120,6 +126,8 @@ def factorise_group(
         return describe_shard(target)
     problem = _problem(place, path, group)
     tensors = problem.factors(ranks, problem.weight_EMN.dtype)
+    if MAP_NAME in names:
+        tensors[MAP_NAME] = torch.arange(len(problem.weight_EMN))
     return write_shard(target, {names[name]: tensor for name, tensor in tensors.items()})
 
 

@@ -2,9 +2,13 @@
 
     python -m tests.benchmarks.bench_calibration [--shape coarse|fine] [--dtype float32|bfloat16]
 
-Bare is the same worker with the stock experts and nothing watched: forward sweep, recompute, gradient of the input.
-Both run the same micro-batches in turn, so the ratio holds on a machine that others use too; CPU time leaves their
-share out, wall time does not. GFLOP/s count the products of the routed experts, and of their statistics.
+Three workers run the same micro-batches in turn: *stock*, with nothing watched and the experts as transformers runs
+them; *bare*, with nothing watched and the experts as we run them (the same in fp32, model/grouped.py in bf16); and
+*observed*, all statistics. Ratios are of neighbours in time, so they hold on a machine that others use too; CPU time
+leaves their share out, wall time does not.
+
+FLOP/s count what the mathematics needs: products of attention's projections, of the routed experts, the triangles of
+symmetric products. Attention's own products, filler and mirrored halves are not counted.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +31,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moe_compress.calibration.text import TokenBatch
 from moe_compress.calibration.worker import CalibrationSetup, LayerWorker
 from moe_compress.model.discovery import MoELayer
+from moe_compress.process import settle
 
 VOCAB_SIZE = 512
 
@@ -51,6 +58,28 @@ class BareWorker(LayerWorker):
         yield
 
 
+class StockWorker(BareWorker):
+    """The same, with the experts as transformers runs them."""
+
+    def __init__(self, setup: CalibrationSetup) -> None:
+        super().__init__(setup)
+        self.skeleton.model.set_experts_implementation("grouped_mm")
+
+
+WORKERS = {"stock": StockWorker, "bare": BareWorker, "observed": LayerWorker}
+STAGES = ("forward", "backward")
+
+
+def num_heads(shape: Shape) -> int:
+    """Of 64 columns each."""
+    return shape.hidden_size // 64
+
+
+def num_key_value_heads(shape: Shape) -> int:
+    """A quarter of them."""
+    return max(num_heads(shape) // 4, 1)
+
+
 def write_model(folder: Path, shape: Shape) -> None:
     """A Mixtral of random weights."""
     torch.manual_seed(0)
@@ -59,18 +88,27 @@ def write_model(folder: Path, shape: Shape) -> None:
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.hidden_size // 64,
-        num_key_value_heads=max(shape.hidden_size // 256, 1),
+        num_attention_heads=num_heads(shape),
+        num_key_value_heads=num_key_value_heads(shape),
         num_local_experts=shape.num_experts,
         num_experts_per_tok=shape.top_k,
     )
     MixtralForCausalLM(config).save_pretrained(folder)
 
 
-def expert_flop(layer: MoELayer, shape: Shape) -> tuple[int, int]:
-    """Floating-point operations a routed pair: (bare forward, recompute and input gradient; the Grams)."""
+def stage_flop(layer: MoELayer, shape: Shape) -> dict[str, float]:
+    """Floating-point operations of a micro-batch: of a forward of all layers, and of their statistics."""
     (M, D), F = layer.up_shape, layer.intermediate_size
-    return 3 * 2 * (D * M + F * D), 2 * (2 * min(M, D) ** 2 + 2 * min(D, F) ** 2 + (D <= F) * D**2)
+    tokens = shape.num_layers * shape.batch_size * shape.sequence_length
+    pairs = tokens * shape.top_k
+    head = D // num_heads(shape) * num_key_value_heads(shape)
+    attention = tokens * 2 * D * (2 * D + 2 * head)
+    grams = sum(width**2 for width in (min(M, D), min(M, D), min(D, F), min(D, F)))
+    grams += D**2 if D <= F else 0  # the gradient's, on the output side alone
+    grams += M**2 if M < D else 0
+    tokens_a_segment = shape.sequence_length * shape.top_k / shape.num_experts
+    fisher = tokens_a_segment * (M + D + D + F)
+    return {"forward": attention + pairs * 2 * (D * M + F * D), "statistics": pairs * (grams + fisher)}
 
 
 def gemm_peak(dtype: torch.dtype, size: int = 2048) -> float:
@@ -85,8 +123,30 @@ def _timed(action: object) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
+_worker: LayerWorker
+"""The one of this process: each has its own, because the products that one compiles would push out another's."""
+
+
+def _start(label: str, setup: CalibrationSetup) -> None:
+    global _worker
+    settle(1)
+    _worker = WORKERS[label](setup)
+
+
+def _sweep(batch: int) -> dict[str, tuple[float, float]]:
+    return {
+        "forward": _timed(lambda: _worker.forward(0, batch, None)),
+        "loss": _timed(lambda: _worker.loss(batch)),
+        "backward": _timed(lambda: _worker.backward(0, batch, None)),
+    }
+
+
+def _stage_flop(shape: Shape) -> dict[str, float]:
+    return stage_flop(next(iter(_worker.moe.values())), shape)
+
+
 def run(shape: Shape, dtype: torch.dtype, num_batches: int, full: bool = False) -> dict[str, float]:
-    """Median CPU and wall seconds of a micro-batch, bare and observed; GFLOP/s; medians of the ratios."""
+    """Median CPU seconds of a micro-batch by worker and stage, its FLOP/s, medians of the ratios of whole sweeps."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", shape)
@@ -107,30 +167,31 @@ def run(shape: Shape, dtype: torch.dtype, num_batches: int, full: bool = False) 
             chunk_layers=shape.num_layers,
             num_workers=1,
         )
-        bare, observed = BareWorker(setup), LayerWorker(setup)
-
-        def sweep(worker: LayerWorker, batch: int) -> None:
-            worker.forward(0, batch, None)
-            worker.loss(batch)
-            worker.backward(0, batch, None)
-
-        times: dict[str, list[tuple[float, float]]] = {"bare": [], "observed": []}
-        for batch in range(num_batches + 1):
-            for label, worker in (("bare", bare), ("observed", observed)):
-                taken = _timed(lambda worker=worker, batch=batch: sweep(worker, batch))
-                if batch > 0:  # the first loads the layers
-                    times[label].append(taken)
-        layer = next(iter(observed.moe.values()))
-    pairs = shape.num_layers * shape.batch_size * shape.sequence_length * shape.top_k
-    plain, grams = expert_flop(layer, shape)
-    result: dict[str, float] = {}
-    for i, clock in enumerate(("cpu", "wall")):
-        for label in times:
-            result[f"{label}_{clock}_s"] = median(t[i] for t in times[label])
-        ratios = (o[i] / b[i] for o, b in zip(times["observed"], times["bare"], strict=True))
-        result[f"ratio_{clock}"] = median(ratios)
-    result["bare_gflops"] = pairs * plain / result["bare_cpu_s"] / 1e9
-    result["observed_gflops"] = pairs * (plain + grams) / result["observed_cpu_s"] / 1e9
+        times: dict[str, list[tuple[float, float]]] = {}
+        with ExitStack() as stack:
+            processes = {
+                label: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _start, (label, setup)))
+                for label in WORKERS
+            }
+            for batch in range(num_batches + 1):
+                for label, process in processes.items():
+                    taken = process.submit(_sweep, batch).result()
+                    if batch == 0:  # loads the layers, compiles products
+                        continue
+                    for stage, seconds in taken.items():
+                        times.setdefault(f"{label} {stage}", []).append(seconds)
+                    total = (sum(t[0] for t in taken.values()), sum(t[1] for t in taken.values()))
+                    times.setdefault(label, []).append(total)
+            flop = processes["observed"].submit(_stage_flop, shape).result()
+    result = {f"{key} s": median(cpu for cpu, _ in values) for key, values in times.items()}
+    for label in WORKERS:
+        statistics = flop["statistics"] if label == "observed" else 0
+        result[f"{label} forward flops"] = flop["forward"] / result[f"{label} forward s"]
+        result[f"{label} backward flops"] = (2 * flop["forward"] + statistics) / result[f"{label} backward s"]
+    for against in ("stock", "bare"):
+        for i, clock in enumerate(("CPU", "wall")):
+            pairs = zip(times["observed"], times[against], strict=True)
+            result[f"observed / {against} {clock}"] = median(o[i] / b[i] for o, b in pairs)
     return result
 
 
@@ -138,20 +199,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="coarse")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="also the input Grams of the larger side")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    shape, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
-    peak = {name: gemm_peak(getattr(torch, name)) / 1e9 for name in ("float32", "bfloat16")}
+    settle(1)
+    shape = replace(SHAPES[args.shape], batch_size=args.batch_size, sequence_length=args.sequence_length)
+    dtype = getattr(torch, args.dtype)
+    peak = gemm_peak(dtype)
     result = run(shape, dtype, args.batches, args.full)
     print(f"{shape}, {args.dtype}, one thread, torch {torch.__version__}, {sys.platform}")
-    print(f"GEMM peak: float32 {peak['float32']:.0f} GFLOP/s, bfloat16 {peak['bfloat16']:.0f} GFLOP/s")
-    for label in ("bare", "observed"):
-        cpu, wall, speed = (result[f"{label}_{key}"] for key in ("cpu_s", "wall_s", "gflops"))
-        share = speed / peak[args.dtype]
-        print(f"{label:9} {cpu:7.3f} s CPU {wall:7.3f} s wall  {speed:5.0f} GFLOP/s, {share:.0%} of the peak")
-    print(f"observed / bare: {result['ratio_cpu']:.2f} CPU, {result['ratio_wall']:.2f} wall")
+    print(f"GEMM peak {peak / 1e9:.0f} GFLOP/s")
+    for label in WORKERS:
+        print(f"{label:9}{result[f'{label} s']:7.3f} s CPU a micro-batch")
+        for stage in STAGES:
+            seconds, flops = (result[f"{label} {stage} {unit}"] for unit in ("s", "flops"))
+            print(f"  {stage:9}{seconds:5.3f} s  {flops / 1e9:5.0f} GFLOP/s, {flops / peak:.0%} of the peak")
+    for against in ("stock", "bare"):
+        cpu, wall = (result[f"observed / {against} {clock}"] for clock in ("CPU", "wall"))
+        print(f"observed / {against}: {cpu:.2f} CPU, {wall:.2f} wall")
 
 
 if __name__ == "__main__":

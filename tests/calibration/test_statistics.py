@@ -321,8 +321,10 @@ def routed(dtype: torch.dtype) -> RoutedTokens:
         return torch.randn(len(token_S), width, generator=generator).to(dtype)
 
     D, F = WIDE.hidden_size, WIDE.intermediate_size
+    counts = [len(t) for t in tokens]
     return RoutedTokens(
-        counts=[len(t) for t in tokens],
+        counts=counts,
+        sizes=counts,
         token_S=token_S,
         weight_S=torch.rand(len(token_S), generator=generator),
         x_SD=rows(D),

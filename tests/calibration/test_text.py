@@ -24,6 +24,7 @@ from moe_compress.calibration.text import (
     dataset_documents,
     evaluation_windows,
     read_documents,
+    read_texts,
 )
 from moe_compress.errors import RecipeError
 
@@ -150,14 +151,21 @@ def test_one_token_predicts_nothing() -> None:
     ids = encode("one two three four")
     batch = calibration_sequences(["one two three four"], TOKENIZER, 9, len(ids) - 1, seed=0)
     assert real_tokens(batch) == ids[:-1]
-    for documents in ([], ["a"]):
-        with pytest.raises(RecipeError, match=f"holds {len(documents)} tokens"):
-            calibration_sequences(documents, TOKENIZER, 1, 8, seed=0)
+
+
+@pytest.mark.parametrize("documents", [[], ["a"], ["a b c"]], ids=len)
+def test_a_text_that_fills_no_sequence_is_refused(documents: list[str]) -> None:
+    says = f"holds {len(encode(''.join(documents)))} tokens and fills no sequence of 8; give more text"
+    with pytest.raises(RecipeError, match=says):
+        calibration_sequences(documents, TOKENIZER, 1, 8, seed=0)
+    with pytest.raises(RecipeError, match=says):
+        evaluation_windows(documents, TOKENIZER, 8)
 
 
 def test_without_eos_documents_are_adjacent() -> None:
-    batch = calibration_sequences(["ab", "ab"], byte_level_tokenizer(), 1, 99, seed=0)
-    assert real_tokens(batch) == 2 * encode("ab")
+    ids = 2 * encode("ab")
+    batch = calibration_sequences(["ab", "ab"], byte_level_tokenizer(), 9, len(ids), seed=0)
+    assert real_tokens(batch) == ids
 
 
 def test_reading_stops_when_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +186,7 @@ def test_reading_stops_when_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> 
 def test_evaluation_reads_a_text_byte_for_byte(tmp_path: Path) -> None:
     content = " = Title = \r\n \r\n\r\nA  text with “quotes”\tand trailing blanks  \n\n"
     (tmp_path / "a.txt").write_bytes(content.encode())
-    batch = evaluation_windows([tmp_path / "a.txt"], TOKENIZER, sequence_length=7)
+    batch = evaluation_windows(read_texts([tmp_path / "a.txt"]), TOKENIZER, sequence_length=7)
     assert real_tokens(batch) == encode(content)
     assert TOKENIZER.decode(real_tokens(batch)) == content
 
@@ -186,28 +194,39 @@ def test_evaluation_reads_a_text_byte_for_byte(tmp_path: Path) -> None:
 def test_evaluation_joins_records_and_sources_with_an_empty_line(tmp_path: Path) -> None:
     records = write(tmp_path / "a.parquet", ["one", "", "two"])
     (tmp_path / "b.txt").write_text("three\n")
-    batch = evaluation_windows([records, tmp_path / "b.txt"], TOKENIZER, sequence_length=64)
+    batch = evaluation_windows(read_texts([records, tmp_path / "b.txt"]), TOKENIZER, sequence_length=8)
     assert real_tokens(batch) == encode("one\n\n\n\ntwo\n\nthree\n")
 
 
 def test_evaluation_stops_at_max_windows(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word " * 100)
-    every = evaluation_windows([tmp_path / "a.txt"], TOKENIZER, 16)
-    three = evaluation_windows([tmp_path / "a.txt"], TOKENIZER, 16, max_windows=3)
+    every = evaluation_windows(read_texts([tmp_path / "a.txt"]), TOKENIZER, 16)
+    three = evaluation_windows(read_texts([tmp_path / "a.txt"]), TOKENIZER, 16, max_windows=3)
     assert len(every.input_ids) > 3
     assert torch.equal(three.input_ids, every.input_ids[:3])
     assert three.num_tokens == 48
 
 
 @settings(deadline=None, max_examples=50)
-@given(text=TEXTS)
-def test_a_long_text_is_encoded_as_if_at_once(text: str) -> None:
+@given(texts=st.lists(TEXTS, max_size=6))
+def test_long_texts_are_encoded_as_if_at_once(texts: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_module, "_CHUNK_CHARS", 40)
         patch.setattr(text_module, "_CONTEXT_CHARS", 30)
-        pieces = [ids.tolist() for ids in text_module._encode_text(text, TOKENIZER)]
-    assert list(itertools.chain(*pieces)) == encode(text)
-    assert len(pieces) == -(-len(text) // 40) + 1
+        joined = text_module._joined(iter(texts))
+        pieces = [ids.tolist() for ids in text_module._encode_text(joined, TOKENIZER)]
+    whole = "\n\n".join(texts)
+    assert list(itertools.chain(*pieces)) == encode(whole)
+    assert len(pieces) == -(-len(whole) // 40) + 1
+
+
+def test_windows_are_had_from_a_text_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_CHUNK_CHARS", 100)
+    monkeypatch.setattr(text_module, "_CONTEXT_CHARS", 30)
+    records = (f"record {number}" for number in itertools.count())
+    windows = evaluation_windows(records, TOKENIZER, 16, max_windows=3).input_ids
+    assert windows.shape == (3, 16)
+    assert next(records) < "record 50"
 
 
 def test_token_batch_slices_saves_and_loads(tmp_path: Path) -> None:
@@ -241,7 +260,7 @@ def test_published_protocol() -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "mixtral-wiki")
     path = SHARED / "data" / "wikitext2" / "wiki.test.raw.joined.txt"
     whole = tokenizer(path.read_bytes().decode(), add_special_tokens=False)["input_ids"]
-    evaluation = evaluation_windows([path], tokenizer, 256, max_windows=160)
+    evaluation = evaluation_windows(read_texts([path]), tokenizer, 256, max_windows=160)
     assert evaluation.input_ids.shape == (160, 256)
     assert real_tokens(evaluation) == whole[: 160 * 256]
     documents = read_documents([SHARED / "data" / "text" / "wiki_passages.txt.gz"])

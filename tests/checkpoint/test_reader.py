@@ -300,6 +300,19 @@ def test_digest_cache_saves_the_second_read(folder: Path, tmp_path: Path) -> Non
     assert content_digest(reader, cache) == content_digest(reader) != before
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_digest_is_refused_to_what_is_not_finite(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    weight = torch.ones(5, 3, dtype=dtype)
+    weight[-1, -1] = value
+    save_file({"a": torch.ones(2), "weight": weight, "z": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    cache = tmp_path / "digests.json"
+    with pytest.raises(CheckpointError, match="tensor weight: holds NaN or infinity"):
+        content_digest(CheckpointReader(tmp_path), cache)
+    assert not cache.exists()
+
+
 @pytest.fixture
 def hub_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The Hugging Face cache after a download of `owner/name`, with no network."""

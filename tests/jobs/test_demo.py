@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from jobs import demo as demo_module
 from jobs.demo import Demo, build_demo, split_documents
-from moe_compress.calibration.text import evaluation_windows, read_documents
+from moe_compress.calibration.text import evaluation_windows, read_documents, read_texts
 
 TINY: dict[str, int] = {
     "steps": 60,
@@ -50,7 +50,7 @@ def test_demo_is_an_ordinary_checkpoint_that_has_learnt(demo: Demo) -> None:
     assert model.dtype == torch.bfloat16
     assert not model.config.output_router_logits
     assert tokenizer.eos_token_id == model.config.eos_token_id
-    windows = evaluation_windows([demo.evaluation_file], tokenizer, 64, max_windows=32)
+    windows = evaluation_windows(read_texts([demo.evaluation_file]), tokenizer, 64, max_windows=32)
     with torch.no_grad():
         loss = model(input_ids=windows.input_ids, labels=windows.input_ids).loss.item()
     assert loss < math.log(TINY["vocab_size"]) - 1

@@ -1,0 +1,120 @@
+"""Pairs of texts to token batches: what encoder-decoder models are calibrated and evaluated on.
+
+A pair is one sequence of the encoder and one of the decoder. Both are framed by the tokenizer as it frames them for
+the model (special tokens included), cut to a length, and padded at their ends to the longest of the text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..errors import RecipeError
+from .sources import checked_files, dataset_rows, json_records, reading
+from .text import IGNORED, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+_POOL_PAIRS = 1 << 20
+"""Pairs are shuffled in pools of this many: an ordinary file is one, a huge dataset is read no further."""
+
+Pair = tuple[str, str]
+
+
+def read_pairs(sources: Sequence[str | Path], fields: tuple[str, str]) -> Iterator[Pair]:
+    """(source, target) of each row of local files, in order.
+
+    Args:
+        sources: .jsonl, .jsonl.gz or .parquet files.
+        fields: names of the two fields.
+
+    Raises RecipeError for a missing file, an unknown suffix (both at the call), and while reading for a row without
+    one of the fields.
+    """
+    paths = checked_files(sources, SUFFIXES)
+    return (_pair(record, where, fields) for path in paths for where, record in reading(path, _records))
+
+
+def dataset_pairs(name: str, config: str | None, split: str, fields: tuple[str, str]) -> Iterator[Pair]:
+    """(source, target) of each row of a Hugging Face dataset, streamed.
+
+    Raises RecipeError if the `datasets` package or the dataset cannot be had, or a row lacks one of the fields.
+    """
+    return (_pair(row, where, fields) for where, row in dataset_rows(name, config, split))
+
+
+def calibration_pairs(
+    pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, num_sequences: int, sequence_length: int, seed: int
+) -> TokenBatch:
+    """At most `num_sequences` pairs, shuffled by `seed`, each side cut to `sequence_length` tokens.
+
+    Raises RecipeError where there is no pair.
+    """
+    return _tokenise(islice(_shuffled(pairs, seed), num_sequences), tokenizer, sequence_length)
+
+
+def evaluation_pairs(
+    pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, sequence_length: int, max_windows: int | None = None
+) -> TokenBatch:
+    """The first `max_windows` pairs in order, or all; each side cut to `sequence_length` tokens.
+
+    Raises RecipeError where there is no pair.
+    """
+    return _tokenise(islice(pairs, max_windows), tokenizer, sequence_length)
+
+
+def _shuffled(pairs: Iterable[Pair], seed: int) -> Iterator[Pair]:
+    generator, rest = random.Random(seed), iter(pairs)
+    while pool := list(islice(rest, _POOL_PAIRS)):
+        generator.shuffle(pool)
+        yield from pool
+
+
+def _tokenise(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, length: int) -> TokenBatch:
+    found = list(pairs)
+    if not found:
+        raise RecipeError("the text holds no pair; give another file")
+    cut = {"truncation": True, "max_length": length, "return_attention_mask": False}
+    sources = tokenizer([source for source, _ in found], **cut)["input_ids"]
+    targets = tokenizer(text_target=[target for _, target in found], **cut)["input_ids"]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    lengths = torch.tensor([len(ids) for ids in sources])
+    return TokenBatch(
+        _padded(sources, pad), torch.arange(int(lengths.max())) < lengths[:, None], _padded(targets, IGNORED)
+    )
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    """int64 (N, longest row)."""
+    return pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in rows], True, value)
+
+
+def _records(path: Path) -> Iterator[tuple[str, object]]:
+    if path.suffix != ".parquet":
+        yield from json_records(path)
+        return
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from ((str(path), row) for row in batch.to_pylist())
+
+
+def _pair(record: object, where: str, fields: tuple[str, str]) -> Pair:
+    row = record if isinstance(record, Mapping) else {}
+    for field in fields:
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise RecipeError(
+                f"{where}: the field {field!r} holds no text, which an encoder-decoder model needs of every row; name"
+                " the fields by source_field and target_field"
+            )
+    return row[fields[0]], row[fields[1]]

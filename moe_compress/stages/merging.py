@@ -1,0 +1,114 @@
+"""M-SMoE as a scheme: who stays and who joins whom, from the statistics of all layers; alignments; merged experts."""
+
+from __future__ import annotations
+
+import numpy as np
+from safetensors.torch import load_file
+
+from ..executor import Executor
+from ..job import Job
+from ..linalg.similarity import cosine, gram_cosine
+from ..method_options import Merge
+from ..methods.grouping import Floats, cluster_experts, dominant_experts, join_dominant, join_in_turn
+from ..methods.merge import Grouping, as_array
+from ..model.discovery import MoELayer
+from ..progress import Reporter
+from .fewer import KeepFewer
+from .merge_units import (
+    WEIGHT_FREE,
+    MergePlace,
+    align_members,
+    measure_similarity,
+    merge_layer,
+    order_path,
+    similarity_path,
+)
+from .prepare import Prepared
+from .scheme import Decision, Pending, Work, run_all
+
+_PAIRS_A_TASK = 4
+"""Alignments of one unit: enough to be worth reading the layer for, few enough to keep all workers busy."""
+
+
+class MergeExperts(KeepFewer):
+    """The scheme of `msmoe`."""
+
+    options: Merge
+
+    def __init__(self, job: Job, prepared: Prepared, options: Merge) -> None:
+        super().__init__(job, prepared, options)
+        base = prepared.statistics.name
+        self.place = MergePlace(
+            checkpoint=prepared.reader.folder,
+            statistics=prepared.statistics,
+            similarity=job.place("similarity", base, options.similarity),
+            alignment=job.place("alignment", base, options.align),
+            diagnostics=job.place("diagnostics", base, options.model_dump(mode="json")),
+            options=options,
+            device=prepared.recipe.cluster.device,
+        )
+
+    def analyses(self, path: str) -> list[Work]:
+        """How alike the layer's experts are, where that takes their weights."""
+        if self.options.similarity in WEIGHT_FREE or similarity_path(self.place.similarity, path).exists():
+            return []
+        return [Work(measure_similarity, (self.place, path))]
+
+    def group(self, pending: Pending, executor: Executor, reporter: Reporter) -> dict[str, Grouping]:
+        """Who joins whom in every layer, and the alignments of those that are merged."""
+        layers = self.prepared.layers
+        missing = [] if pending else [work for layer in layers for work in self.analyses(layer.path)]
+        run_all("similarity", missing, pending, executor, reporter)
+        name = "saliency_sum" if self.options.grouping == "salient" else "num_tokens"
+        scores = [as_array(self.statistics(layer, name)[name]) for layer in layers]
+        counts = self.counts()
+        groupings = {
+            layer.path: self._group_layer(i, layer, count, score)
+            for i, (layer, count, score) in enumerate(zip(layers, counts, scores, strict=True))
+        }
+        run_all("align", self._alignments(groupings), [], executor, reporter)
+        return groupings
+
+    def decide(self, pending: Pending, executor: Executor, reporter: Reporter) -> Decision:
+        """Groups, aligns, and says who is merged into whom."""
+        groupings = self.group(pending, executor, reporter)
+        works = {
+            path: Work(merge_layer, (self.place, path, grouping))
+            for path, grouping in groupings.items()
+            if grouping.merged
+        }
+        return self.decision(groupings, works)
+
+    def _group_layer(self, index: int, layer: MoELayer, count: int, score_E: Floats) -> Grouping:
+        if count == layer.num_experts:
+            return Grouping(tuple(range(count)))
+        similarity = self._similarity(index, layer)
+        options = self.options
+        if options.grouping == "hierarchical":
+            return Grouping(tuple(map(int, cluster_experts(similarity, count, score_E))))
+        dominant = dominant_experts(score_E, count, self.router_groups())
+        if options.grouping == "salient":
+            size = options.max_group or layer.num_experts - count + 1
+            return Grouping(tuple(map(int, join_in_turn(similarity, dominant, score_E, size))))
+        return Grouping(tuple(map(int, join_dominant(similarity, dominant, options.max_group))))
+
+    def _similarity(self, index: int, layer: MoELayer) -> Floats:
+        kind = self.options.similarity
+        if kind == "router_logits":
+            return as_array(gram_cosine(self.statistics(layer, "router_gram")["router_gram"]))
+        if kind == "input_features":
+            return as_array(cosine(self.statistics(layer, "input_sum")["input_sum"]))
+        if kind == "random":
+            return np.random.default_rng([self.options.seed, index]).random((layer.num_experts,) * 2)
+        return as_array(load_file(similarity_path(self.place.similarity, layer.path))["similarity"])
+
+    def _alignments(self, groupings: dict[str, Grouping]) -> list[Work]:
+        if self.options.align == "none":
+            return []
+        works = []
+        for path, grouping in groupings.items():
+            pairs = [(expert, grouping.leader_of[expert]) for expert in grouping.merged]
+            todo = [pair for pair in pairs if not order_path(self.place.alignment, path, *pair).exists()]
+            batches = [todo[i : i + _PAIRS_A_TASK] for i in range(0, len(todo), _PAIRS_A_TASK)]
+            works += [Work(align_members, (self.place, path, batch)) for batch in batches]
+        return works

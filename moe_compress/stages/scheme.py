@@ -1,0 +1,64 @@
+"""What a method asks of the stages: units to run on each layer, one decision for all, shards to write.
+
+A scheme lives in the driver and reads no weights: its units do, wherever the executor runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..executor import Executor, Ref
+from ..progress import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A unit of work and what to call it with; a unit that writes a shard takes its path besides, as the last."""
+
+    unit: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Decision:
+    """What becomes of every layer.
+
+    Attributes:
+        layers: experts path -> its entry in `quantization_config`, if the checkpoint is of our own format.
+        config: fields of config.json that change, by path ("text_config.num_experts").
+        replaced: names in memory of the tensors that the shards write anew.
+        shards: the work that writes them.
+        provenance: experts path -> what the manifest says of it.
+        expert_parameters: routed-expert parameters that are left.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    config: dict[str, Any]
+    replaced: set[str]
+    shards: list[Work]
+    provenance: dict[str, dict[str, Any]]
+    expert_parameters: int
+
+
+Pending = list[Ref]
+"""Analyses under way since their layer's statistics were written."""
+
+
+class Scheme(Protocol):
+    """One method applied to one checkpoint."""
+
+    def analyses(self, path: str) -> list[Work]:
+        """Units that may run as soon as the statistics of the experts at `path` are there; done ones left out."""
+
+    def decide(self, pending: Pending, executor: Executor, reporter: Reporter) -> Decision:
+        """Waits for the analyses, also those that no sweep of this run has started, and decides."""
+
+
+def run_all(name: str, works: Iterable[Work], pending: Pending, executor: Executor, reporter: Reporter) -> None:
+    """Runs units side by side under a progress line, those already under way among them."""
+    refs = [*pending, *(executor.submit(work.unit, *work.args) for work in works)]
+    with reporter.stage(name, len(refs)) as stage:
+        for _ in executor.results(refs):
+            stage.advance()
