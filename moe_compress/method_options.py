@@ -143,7 +143,7 @@ class Merge(Fewer):
         repair: rows of a shorter router: those of the `dominant` experts, or fitted to the `logsumexp` of the group's.
     """
 
-    similarity: Similarity = "router_logits"
+    similarity: Similarity = "expert_weights"
     grouping: Literal["dominant", "salient", "hierarchical"] = "dominant"
     max_group: int | None = Field(None, ge=1)
     align: Literal["weights", "activations", "none"] = "weights"

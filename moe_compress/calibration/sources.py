@@ -23,7 +23,7 @@ def checked_files(sources: Sequence[str | Path], suffixes: Iterable[str]) -> lis
     paths = [Path(source) for source in sources]
     for path in paths:
         if not path.is_file():
-            raise RecipeError(f"{path}: no such text file; check the path")
+            raise RecipeError(f"{path.absolute()}: no such text file; check the path")
         if not path.name.endswith(tuple(suffixes)):
             raise RecipeError(f"{path}: unknown kind of text; use one of {', '.join(suffixes)}")
     return paths

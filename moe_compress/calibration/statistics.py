@@ -37,7 +37,7 @@ from torch import Tensor
 from ..checkpoint.writer import write_shard
 from ..errors import CalibrationError
 from ..model.discovery import MoELayer
-from ..model.grouped import TILE_ROWS, is_tiled
+from ..model.grouped import TILE_ROWS
 from ..model.observer import RoutedTokens
 
 Side = Literal["input", "output"]
@@ -52,8 +52,9 @@ _STRIP_COLUMNS, _STRIP_ROWS = 256, 128
 """Width of the strips that Grams are made of: wide enough for a fast product, few elements above the diagonal."""
 
 
-SAMPLED = ("sample_hidden", "sample_index", "sample_weights")
-"""What the experts were called with at the sampled tokens: (n, D), (n, top_k) and (n, top_k), as the model had it."""
+SAMPLED = ("sample_hidden", "sample_index", "sample_weights", "sample_logits")
+"""What the experts were called with at the sampled tokens, (n, D), (n, top_k) and (n, top_k) as the model had it, and
+the router's logits (n, E), where they were seen."""
 
 SAMPLE_TOKENS = 1024
 """About as many tokens of a calibration text are sampled."""
@@ -128,6 +129,7 @@ class LayerStatistics:
         """Sums that are there already."""
         statistics = cls.__new__(cls)
         statistics.layer, statistics.tensors, statistics.full = layer, tensors, full
+        statistics._sample = {}
         return statistics
 
     def __getitem__(self, name: str) -> Tensor:
@@ -184,9 +186,10 @@ class LayerStatistics:
         """Keeps every `sample_stride`-th real token of the text."""
         first = -self._num_real_tokens % self.sample_stride
         self._num_real_tokens += len(seen.hidden_TD)
-        called_with = (seen.hidden_TD, seen.index_TK, seen.weights_TK)
+        called_with = (seen.hidden_TD, seen.index_TK, seen.weights_TK, seen.router_logits_TE)
         for name, rows in zip(SAMPLED, called_with, strict=True):
-            self._sample[name].append(rows[first :: self.sample_stride].cpu())
+            if rows is not None:
+                self._sample[name].append(rows[first :: self.sample_stride].cpu())
 
     def _add_grams(
         self, name: str, z_SN: Tensor, out_SM: Tensor, d_SM: Tensor, power_S1: Tensor, sizes: list[int]
@@ -215,12 +218,13 @@ class LayerStatistics:
         """Adds what is summed sequence by sequence; (S, 1) fp32 squared norms of the rows of d."""
         sums, num_experts = self.tensors, self.layer.num_experts
         power_S = torch.zeros(len(d_SM) + 1, device=d_SM.device)  # one more for the padding
-        for experts_G, rows_GL, mask_GL in _segments(starts_EQ, lengths_EQ, z_SN.shape[1] + d_SM.shape[1], d_SM):
+        half = d_SM.is_cuda and _takes_half(d_SM)  # lengths are many, and a CPU compiles a product for each
+        for experts_G, rows_GL, mask_GL in _segments(starts_EQ, lengths_EQ, z_SN.shape[1] + d_SM.shape[1]):
             z_GLN, d_GLM = (
                 t.index_select(0, rows_GL.flatten()).unflatten(0, rows_GL.shape).float() for t in (z_SN, d_SM)
             )
             d_GLM.mul_(mask_GL[..., None])
-            columns_GN, power_GL = _fisher_columns(z_GLN, d_GLM, d_SM)
+            columns_GN, power_GL = _fisher_columns(z_GLN, d_GLM, half)
             power_S[torch.where(mask_GL, rows_GL, len(d_SM))] = power_GL
             # one-hot product instead of index_add_: the same order of summation on every device
             member_EG = torch.nn.functional.one_hot(experts_G, num_experts).T
@@ -237,6 +241,8 @@ class LayerStatistics:
         for name, tensor in self.tensors.items():
             if name == "output_norm_max":
                 torch.maximum(tensor, other.tensors[name], out=tensor)
+            elif name in SAMPLED:
+                self.tensors[name] = torch.cat([tensor, other.tensors[name]])
             else:
                 tensor += other.tensors[name]
 
@@ -255,10 +261,10 @@ class LayerStatistics:
 
     @classmethod
     def load(cls, layer: MoELayer, path: Path, names: Sequence[str] = ()) -> LayerStatistics:
-        """Reads what `save` wrote, or only the sums of these names."""
+        """Reads what `save` wrote, or of it only the sums of these names."""
         with safe_open(path, "pt") as file:
             stored = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names or stored}
+            tensors = {name: file.get_tensor(name) for name in sorted(stored & set(names or stored))}
         return cls.of(layer, tensors, {"up_input_gram", "down_input_gram"} <= stored)
 
 
@@ -318,55 +324,41 @@ def _add_gram(gram_NN: Tensor, left_SN: Tensor, right_SN: Tensor) -> None:
         gram_NN[start:stop, :stop].addmm_(left_SN[:, start:stop].T, right_SN[:, :stop])
 
 
-def _fisher_columns(z_GLN: Tensor, d_GLM: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+def _fisher_columns(z_GLN: Tensor, d_GLM: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     """(G, N) squared norms of the columns of d^T z, (G, L) squared norms of the rows of d.
 
     sum_tu (z_t d_t.d_u z_u) by strips of t with u <= t: what is right of the diagonal is the mirror of the rest.
     """
-    length = z_GLN.shape[1]
-    # shorter ones come in so many shapes that compiling products for them would take longer
-    half = _takes_half(source) and (source.is_cuda or length >= _STRIP_ROWS)
     columns_GN, power = z_GLN.new_zeros(z_GLN.shape[0], z_GLN.shape[2]), []
-    for start in range(0, length, _STRIP_ROWS):
+    for start in range(0, z_GLN.shape[1], _STRIP_ROWS):
         strip, until = slice(start, start + _STRIP_ROWS), slice(0, start + _STRIP_ROWS)
-        with _half_products(source.is_cuda, half):
+        with _half_products(d_GLM.is_cuda, half):
             gram = d_GLM[:, strip] @ d_GLM[:, until].mT
-            power.append(gram[:, :, start:].diagonal(dim1=1, dim2=2).clone())
-            gram[:, :, :start] *= 2
-            parts = _in_halves(gram) if half else (gram,)
-            product = parts[0] @ z_GLN[:, until]
-            for part in parts[1:]:
-                product.baddbmm_(part, z_GLN[:, until])
-        columns_GN += product.mul_(z_GLN[:, strip]).sum(1)
+        power.append(gram[:, :, start:].diagonal(dim1=1, dim2=2).clone())
+        gram[:, :, :start] *= 2
+        columns_GN += (gram @ z_GLN[:, until]).mul_(z_GLN[:, strip]).sum(1)
     return columns_GN, torch.cat(power, dim=1)
 
 
-def _segments(
-    starts_EQ: Tensor, lengths_EQ: Tensor, width: int, source: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _segments(starts_EQ: Tensor, lengths_EQ: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Groups of (expert, sequence) segments of similar length, padded to one length.
 
     Args:
         starts_EQ, lengths_EQ: first row and number of rows of each expert and sequence.
         width: elements a row; a group holds about _GROUP_ELEMENTS of them.
-        source: rows they are segments of.
 
     Yields:
         (G,) expert of each segment, (G, L) row indices, (G, L) mask of the real rows. Lengths are padded to the next
-        of eight steps between powers of two, so at most an eighth of the rows is padding; where products are compiled
-        for their shape, long segments go one by one and in steps of half a strip.
+        of eight steps between powers of two, so at most an eighth of the rows is padding.
     """
     starts, lengths = starts_EQ.flatten(), lengths_EQ.flatten()
     unit = 2 ** (lengths.clamp_min(1).double().log2().floor().long() - 3).clamp_min(0)
-    if is_tiled(source):
-        unit = torch.where(lengths >= _STRIP_ROWS, unit.clamp_min(_STRIP_ROWS // 2), unit)
     padded = (lengths + unit - 1) // unit * unit
     for length in padded.unique().tolist():
         if length == 0:
             continue
         members = (padded == length).nonzero().flatten()
-        single = is_tiled(source) and length >= _STRIP_ROWS
-        for group in members.split(1 if single else max(1, _GROUP_ELEMENTS // (width * length))):
+        for group in members.split(max(1, _GROUP_ELEMENTS // (width * length))):
             steps = torch.arange(length, device=lengths.device)
             mask = steps < lengths[group, None]
             rows = torch.where(mask, starts[group, None] + steps, 0)

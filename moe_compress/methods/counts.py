@@ -83,8 +83,8 @@ def kept_counts(
     num_kept = floor((1 - ratio) * sum(sizes) + 1e-9)
     if num_kept < sum(lowest):
         raise RecipeError(
-            f"{_ratio_field(options)}: {ratio} leaves {num_kept} experts where {sum(lowest)} must stay; the highest possible is"
-            f" {1 - sum(lowest) / sum(sizes):.4g}; lower it"
+            f"{_ratio_field(options)}: {ratio} leaves {num_kept} experts where {sum(lowest)} must stay; the highest"
+            f" possible is {1 - sum(lowest) / sum(sizes):.4g}; lower it"
         )
     return adaptive_counts(scores, num_kept, lowest) if scores is not None else lowest
 
@@ -104,8 +104,8 @@ def _uniform(options: Fewer, sizes: list[int], lowest: list[int], groups: int) -
         if count < low:
             removable = [1 - low / n for i, (low, n) in enumerate(zip(lowest, sizes, strict=True)) if i not in excluded]
             raise RecipeError(
-                f"{_ratio_field(options)}: {options.expert_ratio} leaves {max(count, 0)} experts in a layer that must keep {low};"
-                f" the highest possible is {min(removable) * num_free / num_all:.4g}; lower it"
+                f"{_ratio_field(options)}: {options.expert_ratio} leaves {max(count, 0)} experts in a layer that must"
+                f" keep {low}; the highest possible is {min(removable) * num_free / num_all:.4g}; lower it"
             )
     return counts
 

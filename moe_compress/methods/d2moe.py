@@ -78,6 +78,12 @@ def slots(layer: MoELayer, group: Group, options: D2MoE) -> list[Slot]:
     return [Slot("gate", slice(0, inner), hidden), Slot("up", slice(inner, 2 * inner), hidden)]
 
 
+def sums_used(options: D2MoE, group: Group) -> list[str]:
+    """Names of the statistics that a group's problem may read: the rest need not be loaded."""
+    weighted = "loss_gram" if options.weighting == "loss" else "gram"
+    return ["num_tokens", f"{group}_fisher", f"{group}_input_{weighted}", f"{group}_output_{weighted}"]
+
+
 class GroupProblem:
     """The weighted factorisation of one group of projections of one layer, expert by expert.
 

@@ -1,9 +1,10 @@
 """Which experts stay, and which of them each other expert joins.
 
 Source: arXiv 2310.01334 section 3.1. Frequencies are taken relative to each layer's most used expert, which stays, and
-the rest of the global quota goes to the highest of all layers, so that counts adapt to how evenly a layer routes. Each other expert joins the dominant expert of its layer that it is most alike. Differences: exactly the
-asked number stays, also where frequencies are equal; groups may have a greatest size; and average linkage over all
-experts (as arXiv 2410.08589) stands beside the paper's grouping.
+the rest of the global quota goes to the highest of all layers, so that counts adapt to how evenly a layer routes. Each
+other expert joins the dominant expert of its layer that it is most alike. Differences: exactly the asked number stays,
+also where frequencies are equal; groups may have a greatest size; and average linkage over all experts (as arXiv
+2410.08589) stands beside the paper's grouping.
 
 Cost: sorts of E and E^2 numbers a layer.
 """

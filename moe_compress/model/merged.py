@@ -9,7 +9,6 @@ Both keep the stock tensor names; a layer that stores fewer experts than config.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -40,10 +39,10 @@ def register_map(experts: nn.Module, num_experts: int, device: torch.device) -> 
     experts.register_buffer(MAP_NAME, torch.empty(num_experts, dtype=torch.int64, device=device))
 
 
-def shorten(experts: Any, count: int, keep: Callable[[str], bool] = lambda name: True) -> None:
-    """Leaves `count` experts' room in the parameters of a stock experts module whose names pass `keep`."""
+def shorten(experts: Any, count: int) -> None:
+    """Leaves `count` experts' room in the parameters of a stock experts module."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
-        if parameter.shape[0] == experts.num_experts and keep(name):
+        if parameter.shape[0] == experts.num_experts:
             shape = (count, *parameter.shape[1:])
             experts.register_parameter(name, nn.Parameter(parameter.new_empty(shape), parameter.requires_grad))
 
@@ -53,6 +52,6 @@ def map_experts(experts: Any, count: int) -> nn.Module:
     register_map(experts, experts.num_experts, experts.down_proj.device)
     shorten(experts, count)
     experts.num_experts = count
-    experts.__class__ = _mapped_class(type(experts))
+    experts.__class__ = _mapped_class(experts.__class__)
     module: nn.Module = experts
     return module

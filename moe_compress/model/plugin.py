@@ -59,10 +59,11 @@ def _adopt_block(model: PreTrainedModel, other: PreTrainedModel, path: str) -> N
     """Takes the module around the experts at `path`, router and all, from a model with fewer experts."""
     block = path.rpartition(".")[0]
     parent, _, name = block.rpartition(".")
-    config = getattr(model.get_submodule(path), "config", None)
-    setattr(model.get_submodule(parent), name, other.get_submodule(block))
-    if config is not None:  # which experts implementation runs is said on the model's own config, also later
-        model.get_submodule(path).config = config
+    before, after = model.get_submodule(block), other.get_submodule(block)
+    for inner, module in after.named_modules():
+        if hasattr(module, "config"):  # the model's own says which implementation runs, also when set later
+            module.config = before.get_submodule(inner).config
+    setattr(model.get_submodule(parent), name, after)
 
 
 @register_quantization_config(METHOD)

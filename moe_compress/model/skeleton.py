@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -180,13 +181,18 @@ class Skeleton:
             by name on disk: the names of this checkpoint's own layout, or those in memory, which `from_pretrained`
             takes too, where transformers cannot go back to it.
         """
-        try:
-            self.model._weight_conversions = self._mapping(add_legacy=False)
-            found: dict[str, torch.Tensor] = revert_weight_conversion(self.model, tensors)
-        finally:
-            del self.model._weight_conversions
         own = {source for name in tensors for source in self.targets[name]}
-        return found if found.keys() <= own else tensors
+        conversions = self._mapping(add_legacy=False)
+        # text checkpoints of multimodal types come with the prefix of the whole model and without
+        for mapping in (conversions, [entry for entry in conversions if not isinstance(entry, PrefixChange)]):
+            try:
+                self.model._weight_conversions = mapping
+                found: dict[str, torch.Tensor] = revert_weight_conversion(self.model, tensors)
+            finally:
+                del self.model._weight_conversions
+            if found.keys() <= own:
+                return found
+        return tensors
 
     def _mapping(self, add_legacy: bool = True) -> list[WeightTransform]:
         mapping = get_model_conversion_mapping(self.model, None, self.quantizer, add_legacy)

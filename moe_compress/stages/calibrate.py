@@ -14,6 +14,7 @@ from ..executor import Executor, Ref, WorkerLost
 from ..job import Job
 from ..progress import Reporter
 from .prepare import Prepared, sampled_seed, sums_full_grams
+from .routing import report_routing
 from .scheme import Pending, Scheme
 from .units import statistics_seen
 
@@ -69,6 +70,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         job.event("layers_not_reached", layers=unseen)
         reporter.say(f"left as they are, for the text never reaches them: {', '.join(unseen)}")
     prepared.layers = layers
+    report_routing(job, prepared, reporter)
     return pending
 
 

@@ -20,6 +20,7 @@ from ..linalg.similarity import cosine, gram_cosine, linear_cka
 from ..linalg.stable_rank import stable_rank
 from ..method_options import Merge
 from ..methods.merge import Grouping, align_activations, align_expert, expert_weights, merge_weights, shares
+from ..methods.router_repair import fit_rows
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, bias_name, hidden_activations, stock_name, to_canonical, to_stock
 from .units import open_checkpoint, write_table
@@ -199,8 +200,20 @@ def merge_layer(place: MergePlace, path: str, grouping: Grouping, router: Router
                 stock[name] = to_stock(layer, group, merged[key])
     write_table(report, _diagnose(loaded, statistics, grouping, orders, merged, stock))
     tensors = skeleton.on_disk({f"{path}.{name}": tensor.cpu() for name, tensor in stock.items()})
-    tensors |= change_router(place.checkpoint, grouping, router)
+    fitted = _fitted_rows(place, path, statistics, grouping) if router.axes else {}
+    tensors |= change_router(place.checkpoint, grouping, router, fitted)
     return write_shard(target, tensors)
+
+
+def _fitted_rows(place: MergePlace, path: str, statistics: LayerStatistics, grouping: Grouping) -> dict[str, Tensor]:
+    """The router's weight fitted to the groups, by name in memory; empty where the leaders' rows are to stay."""
+    if place.options.repair != "logsumexp" or "sample_logits" not in statistics:
+        return {}
+    skeleton, layers = open_checkpoint(place.checkpoint)
+    name = router_weight_name(skeleton.model, layers[path])
+    weight_ED = skeleton.take(name)
+    rows = fit_rows(weight_ED, statistics["sample_hidden"], statistics["sample_logits"], grouping)
+    return {} if rows is None else {name: rows.to(weight_ED.dtype)}
 
 
 def prune_layer(checkpoint: Path, path: str, grouping: Grouping, router: RouterChange, target: Path) -> ShardInfo:
@@ -216,16 +229,18 @@ def prune_layer(checkpoint: Path, path: str, grouping: Grouping, router: RouterC
     return write_shard(target, skeleton.on_disk(kept) | change_router(checkpoint, grouping, router))
 
 
-def change_router(checkpoint: Path, grouping: Grouping, router: RouterChange) -> dict[str, Tensor]:
-    """The router's tensors that change, by name on disk."""
+def change_router(
+    checkpoint: Path, grouping: Grouping, router: RouterChange, fitted: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The router's tensors that change, by name on disk; `fitted` ones instead of the leaders' rows."""
     skeleton, _ = open_checkpoint(checkpoint)
     found: dict[str, Tensor] = {}
     if router.map_name:
         found[router.map_name] = torch.tensor(grouping.expert_map)
-    rows = torch.tensor(router.kept, dtype=torch.int64)
     if router.axes:
+        rows = torch.tensor(router.kept)
         shorter = {name: skeleton.take(name).index_select(axis, rows) for name, axis in router.axes.items()}
-        found |= skeleton.on_disk(shorter)
+        found |= skeleton.on_disk(shorter | (fitted or {}))
     return found
 
 

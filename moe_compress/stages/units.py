@@ -21,7 +21,7 @@ from ..calibration.worker import pick_device, statistics_path
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.writer import ShardInfo, atomic_write, describe_shard, write_shard
 from ..method_options import D2MoE
-from ..methods.d2moe import GroupProblem, channel_alignment
+from ..methods.d2moe import GroupProblem, channel_alignment, sums_used
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, stock_name, to_canonical
 from ..model.merged import MAP_NAME
@@ -79,7 +79,7 @@ def align_layer(place: Workplace, path: str) -> None:
 
 def _problem(place: Workplace, path: str, group: Group) -> GroupProblem:
     layer, weight = read_weight(place.checkpoint, path, group)
-    statistics = LayerStatistics.load(layer, statistics_path(place.statistics, path))
+    statistics = LayerStatistics.load(layer, statistics_path(place.statistics, path), sums_used(place.options, group))
     order = None
     if place.options.align:
         align_layer(place, path)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_compress.calibration.statistics import LayerStatistics
+from moe_compress.calibration import worker
+from moe_compress.calibration.statistics import SAMPLED, LayerStatistics
 from moe_compress.calibration.text import TokenBatch
 from moe_compress.calibration.worker import CalibrationSetup, LayerWorker, statistics_path
 from moe_compress.errors import CalibrationError
 from moe_compress.model.discovery import MoELayer, find_moe_layers
+from moe_compress.model.grouped import RowLayout
 from moe_compress.model.observer import RoutedTokens
 from tests.tiny_models import auto_class, save_tiny, token_ids
 
@@ -106,8 +108,8 @@ class Pair:
     norm: Tensor
 
 
-def plain_experts(experts: Any, layer: MoELayer, pairs: list[Pair]) -> Any:
-    """A forward of the experts module that knows nothing but loops."""
+def plain_experts(experts: Any, layer: MoELayer, pairs: list[Pair], calls: list[tuple[Tensor, ...]]) -> Any:
+    """A forward of the experts module that knows nothing but loops; `calls` gets what it was called with."""
 
     def apply(e: int, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         weight = getattr(experts, name)[e]
@@ -116,6 +118,7 @@ def plain_experts(experts: Any, layer: MoELayer, pairs: list[Pair]) -> Any:
         return out, out + getattr(experts, f"{name}_bias")[e] if layer.has_bias else out
 
     def forward(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        calls.append((hidden.detach(), index, weight.detach()))
         rows = []
         for t in range(len(hidden)):
             row = torch.zeros_like(hidden[t])
@@ -141,12 +144,13 @@ def brute_force(checkpoint: Path, model_type: str, tokens: TokenBatch) -> tuple[
     model: nn.Module = auto_class(model_type).from_pretrained(checkpoint, dtype=torch.float32).eval()
     layers = {layer.path: layer for layer in find_moe_layers(model)}
     pairs: dict[str, list[Pair]] = {}
+    calls: dict[str, list[tuple[Tensor, ...]]] = {}
     routers: dict[str, nn.Module] = {}
     parameters: dict[str, list[nn.Parameter]] = {}
     for path, layer in layers.items():
         experts: Any = model.get_submodule(path)
-        pairs[path] = []
-        experts.forward = plain_experts(experts, layer, pairs[path])
+        pairs[path], calls[path] = [], []
+        experts.forward = plain_experts(experts, layer, pairs[path], calls[path])
         parameters[path] = [getattr(experts, layer.up_name), experts.down_proj]
         shape = (layer.num_experts, layer.hidden_size)
         block = model.get_submodule(path.rpartition(".")[0])
@@ -186,6 +190,8 @@ def brute_force(checkpoint: Path, model_type: str, tokens: TokenBatch) -> tuple[
                 add(into, "num_tokens", at)
                 add(into, "weight_sum", at * p.g)
                 add(into, "saliency_sum", at * p.g * p.norm)
+                add(into, "taylor_sum", at * (p.y.grad @ p.y.detach()).square())
+                add(into, "input_sum", at[:, None] * p.x)
                 into["output_norm_max"] = torch.maximum(at * p.norm, torch.as_tensor(into["output_norm_max"]))
                 for name, z, out, d in (
                     ("up", p.x, canonical(layer, p.up.detach()), canonical(layer, p.up.grad)),
@@ -201,6 +207,8 @@ def brute_force(checkpoint: Path, model_type: str, tokens: TokenBatch) -> tuple[
                         )
                     add(into, f"{name}_grad_gram", at[:, None, None] * torch.outer(d, d))
                     add(into, f"{name}_grad_diagonal", at[:, None] * d.square())
+    for path, called in calls.items():
+        sums[path] |= {name: torch.cat(rows) for name, rows in zip(SAMPLED, zip(*called, strict=True), strict=True)}
     return total, sums
 
 
@@ -252,11 +260,14 @@ def test_more_padding_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert_same(padded, found, 1e-5)
 
 
-@pytest.mark.parametrize("chunk_layers", [1, 2])
-def test_two_workers_give_the_bytes_of_one(checkpoint: Path, tmp_path: Path, chunk_layers: int) -> None:
+@pytest.mark.parametrize(("chunk_layers", "dtype"), [(1, None), (2, None), (1, torch.bfloat16)])
+def test_two_workers_give_the_bytes_of_one(
+    checkpoint: Path, tmp_path: Path, chunk_layers: int, dtype: torch.dtype | None
+) -> None:
     tokens = padded_tokens()
-    _, one = calibrate(make_setup(checkpoint, tmp_path / "one", tokens))
-    _, two = calibrate(make_setup(checkpoint, tmp_path / "two", tokens, chunk_layers=chunk_layers, num_workers=2))
+    _, one = calibrate(make_setup(checkpoint, tmp_path / "one", tokens, dtype=dtype))
+    changes: dict[str, Any] = {"dtype": dtype, "chunk_layers": chunk_layers, "num_workers": 2}
+    _, two = calibrate(make_setup(checkpoint, tmp_path / "two", tokens, **changes))
     assert_equal(two, one)
 
 
@@ -276,6 +287,19 @@ def test_sampled_labels_are_drawn_from_the_model_and_reproducible(mixtral: Path,
     for path, tensors in text.items():
         assert torch.equal(runs[0][1][path]["up_input_gram"], tensors["up_input_gram"])
         assert not torch.allclose(runs[0][1][path]["up_fisher"], tensors["up_fisher"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_every_third_real_token_is_sampled(
+    mixtral: Path, tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = padded_tokens()
+    _, every = calibrate(make_setup(mixtral, tmp_path / "every", tokens))
+    monkeypatch.setattr(worker, "SAMPLE_TOKENS", -(-tokens.num_tokens // 3))
+    _, third = calibrate(make_setup(mixtral, tmp_path / "third", tokens, batch_size=batch_size))
+    for path, tensors in third.items():
+        for name in SAMPLED:
+            torch.testing.assert_close(tensors[name], every[path][name][::3])
 
 
 def test_merged_halves_equal_the_whole(mixtral: Path, tmp_path: Path) -> None:
@@ -301,40 +325,44 @@ def test_an_expert_nobody_routes_to_gives_zeros(mixtral: Path, tmp_path: Path) -
     for path, tensors in found.items():
         for name, tensor in tensors.items():
             assert tensor.isfinite().all(), name
-            if name not in ("router_gram", "num_sequences"):
+            if name not in ("router_gram", "num_sequences", *SAMPLED):
                 assert not tensor[idle[path]].any(), name
 
 
 # --- synthetic layers ----------------------------------------------------------------------------------------
 
 WIDE = MoELayer("experts", 3, 300, 280, True, False, False, True)
-NUM_SEQUENCES, SEQUENCE_LENGTH = 4, 40
+NUM_SEQUENCES, SEQUENCE_LENGTH = 2, 400
 
 
 def routed(dtype: torch.dtype) -> RoutedTokens:
-    """Expert 1 sees nothing, expert 2 no token of sequence 0."""
+    """Expert 1 sees nothing, expert 2 no token of sequence 0; filler after the rows of each expert."""
     generator = torch.Generator().manual_seed(0)
-    tokens = [torch.arange(160)[torch.rand(160, generator=generator) < 0.4], torch.arange(0), torch.arange(41, 160, 2)]
-    token_S = torch.cat(tokens)
+    num_tokens = NUM_SEQUENCES * SEQUENCE_LENGTH
+    first = torch.arange(num_tokens)[torch.rand(num_tokens, generator=generator) < 0.5]
+    third = torch.arange(SEQUENCE_LENGTH + 1, num_tokens, 2)
+    layout = RowLayout.of(torch.tensor([0] * len(first) + [2] * len(third)), 3, True)
 
-    def rows(width: int) -> Tensor:
-        return torch.randn(len(token_S), width, generator=generator).to(dtype)
+    def rows(*shape: int) -> Tensor:
+        values = torch.randn(len(layout.source_S), *shape, generator=generator).to(dtype)
+        return values.index_fill_(0, layout.filler, 0)
 
     D, F = WIDE.hidden_size, WIDE.intermediate_size
-    counts = [len(t) for t in tokens]
     return RoutedTokens(
-        counts=counts,
-        sizes=counts,
-        token_S=token_S,
-        weight_S=torch.rand(len(token_S), generator=generator),
+        counts=layout.counts,
+        sizes=layout.sizes,
+        token_S=torch.cat([first, third])[layout.source_S].index_fill_(0, layout.filler, 0),
+        weight_S=rows().float().abs(),
         x_SD=rows(D),
         up_SM=rows(2 * F),
         h_SF=rows(F),
         y_SD=rows(D),
         d_up_SM=rows(2 * F),
         d_y_SD=rows(D),
-        output_norm_S=torch.rand(len(token_S), generator=generator),
-        router_logits_TE=None,
+        output_norm_S=rows().float().abs(),
+        hidden_TD=torch.zeros(num_tokens, D),
+        index_TK=torch.zeros(num_tokens, 1, dtype=torch.int64),
+        weights_TK=torch.zeros(num_tokens, 1),
     )
 
 
@@ -348,8 +376,8 @@ def test_wide_grams_and_fisher_are_exact_in_every_dtype(dtype: torch.dtype) -> N
         ("up", seen.x_SD, seen.up_SM, seen.d_up_SM),
         ("down", seen.h_SF, seen.y_SD, seen.d_y_SD),
     ):
-        parts = [t.double().split(seen.counts) for t in (z_SN, out_SM, d_SM)]
-        sequences = (seen.token_S // SEQUENCE_LENGTH).split(seen.counts)
+        parts = [t.double().split(seen.sizes) for t in (z_SN, out_SM, d_SM)]
+        sequences = (seen.token_S // SEQUENCE_LENGTH).split(seen.sizes)
         for e, (z, out, d) in enumerate(zip(*parts, strict=True)):
             power = d.square().sum(1, keepdim=True)
             grads = [d[sequences[e] == s].T @ z[sequences[e] == s] for s in range(NUM_SEQUENCES)]

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
 )
 
 from jobs import cli
@@ -175,8 +175,11 @@ def replace_model(model: PreTrainedModel, world: World) -> None:
 
 
 def encoder_decoder(world: World) -> None:
-    sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 2, "num_heads": 2, "num_experts": 2, "vocab_size": 128}
-    replace_model(SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes)), world)
+    sides = {"layers": 1, "ffn_dim": 8, "attention_heads": 2}
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sides.items()}
+    replace_model(
+        NllbMoeForConditionalGeneration(NllbMoeConfig(**sizes, d_model=8, num_experts=2, vocab_size=8)), world
+    )
 
 
 def align_biased(world: World) -> None:
@@ -277,7 +280,7 @@ CASES: dict[str, tuple[Callable[[World], object], str]] = {
     "model not named": (override("model=null"), "model: missing"),
     "no model": (override("model=/no/such/model"), "/no/such/model"),
     "config without experts": (dense_model, "model type 'llama'"),
-    "encoder-decoder": (encoder_decoder, "model type 'switch_transformers'"),
+    "encoder-decoder": (encoder_decoder, "model type 'nllb-moe'"),
     "no config": (lambda w: (w.model / "config.json").unlink(), "config.json"),
     "config is not JSON": (lambda w: (w.model / "config.json").write_text("{"), "config.json"),
     "unknown architecture": (lambda w: w.write_json("config.json", model_type="nope"), "config.json"),

@@ -47,13 +47,23 @@ def test_output_and_gradients_of_weights(model_type: str) -> None:
     torch.testing.assert_close(grad.mT if layer.is_transposed else grad, stock_grad)
 
 
-def test_padding_and_pairs_of_no_weight_are_not_seen() -> None:
-    experts: Any = expert_modules(build_tiny("mixtral"))[0]
-    hidden, index, weights = routed(experts)
-    weights[2, 1] = 0
-    mask = torch.arange(NUM_TOKENS) < 5
-    _, seen = observe(experts, hidden, index, weights, mask=mask)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_and_pairs_of_no_weight_are_not_seen(dtype: torch.dtype, masked: bool) -> None:
+    experts: Any = expert_modules(build_tiny("mixtral").to(dtype))[0]
+    hidden, index, weights = (t.detach().to(dtype) if t.is_floating_point() else t for t in routed(experts))
+    mask = torch.ones(NUM_TOKENS, dtype=torch.bool)
+    if masked:
+        weights[2, 1] = 0
+        mask[5:] = False
+    _, seen = observe(experts, hidden.requires_grad_(), index, weights, mask=mask)
     kept = (weights != 0) & mask[:, None]
     assert seen.counts == torch.bincount(index[kept], minlength=experts.num_experts).tolist()
-    torch.testing.assert_close(seen.x_SD, hidden.detach()[seen.token_S])
-    assert seen.token_S.max() == 4
+    assert all(size % (64 if dtype == torch.bfloat16 else 1) == 0 for size in seen.sizes)
+    is_routed_S = torch.cat([torch.arange(size) < n for n, size in zip(seen.counts, seen.sizes, strict=True)])
+    torch.testing.assert_close(seen.x_SD[is_routed_S], hidden.detach()[seen.token_S[is_routed_S]])
+    assert set(seen.token_S[is_routed_S].tolist()) == set(mask.nonzero().flatten().tolist())
+    by_row = (seen.weight_S, seen.output_norm_S, seen.x_SD, seen.up_SM, seen.h_SF, seen.y_SD, seen.d_up_SM, seen.d_y_SD)
+    for rows in by_row:
+        assert rows[is_routed_S].any()
+        assert not rows[~is_routed_S].any()

@@ -54,6 +54,7 @@ def test_experts_and_routers_shrink_and_nothing_else(model_type: str) -> None:
     state, shorter = model.state_dict(), resized.model.state_dict()
     changed = {name for name, tensor in state.items() if tensor.shape != shorter[name].shape}
     assert state.keys() == shorter.keys()
+    assert not any(name.startswith(experts) for name in resized.axes)
     assert changed == resized.axes.keys() | {name for name in changed if name.startswith(experts)}
     blocks = [layer.path.rpartition(".")[0] + "." for layer in layers]  # a router stands beside its experts
     assert all(any(name.startswith(block) for name in resized.axes) for block in blocks)
