@@ -87,7 +87,7 @@ class D2MoE(Part):
     @property
     def needs_full_covariance(self) -> bool:
         """A base makes deltas, whose output covariance can only be had from the input's."""
-        return self.base != "none" or self.weighting == "none"
+        return self.base != "none" and self.weighting != "none"
 
 
 class Fewer(Part):
@@ -150,6 +150,15 @@ class Merge(Fewer):
     weights: Literal["frequency", "uniform", "fisher", "saliency"] = "frequency"
     repair: Literal["dominant", "logsumexp"] = "dominant"
 
+    @model_validator(mode="after")
+    def _clusters_freely(self) -> Merge:
+        if self.grouping == "hierarchical" and (self.max_group is not None or self.router == "shrink"):
+            raise ValueError(
+                "grouping: hierarchical makes clusters of any size, wherever their experts stand; leave max_group out"
+                " and router: keep, or set grouping: dominant"
+            )
+        return self
+
 
 class MSMoE(Merge):
     """M-SMoE (arXiv 2310.01334): experts are merged by what the router does.
@@ -207,7 +216,7 @@ class Prune(Fewer):
     name: Literal["prune"]
     ratio: Ratio
     counts: Counts = "uniform"
-    router: Literal["shrink", "slice"] = "shrink"  # type: ignore[assignment]
+    router: Literal["shrink", "slice"] = "shrink"
     saliency: Literal["reap", "taylor", "frequency", "random"] = "reap"
     keep: dict[int, list[int]] = {}
 

@@ -21,8 +21,8 @@ from moe_compress.progress import Reporter
 from moe_compress.recipe import parse_recipe
 
 PAD, EOS = 0, 1
-LETTERS = string.ascii_lowercase
-NUM_TASKS, LENGTH = 4, 8
+LETTERS = string.ascii_lowercase[:16]
+NUM_TASKS, LENGTH = 4, 6
 BATCH = 64
 
 SIZES: dict[str, Any] = {
@@ -60,7 +60,7 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def cipher_pairs(count: int, seed: int, shortest: int | None = None) -> list[tuple[str, str]]:
-    """The toy task: `2 h e l p` -> every letter replaced by cipher 2, one of four random substitutions."""
+    """The toy task: `2 h e l p` -> every letter by its cipher 2, one of four random substitutions."""
     ciphers = [torch.randperm(len(LETTERS), generator=torch.Generator().manual_seed(k)) for k in range(NUM_TASKS)]
     generator = torch.Generator().manual_seed(seed)
     pairs = []
@@ -111,8 +111,8 @@ def trained_switch(seed: int, num_steps: int, **sizes: Any) -> SwitchTransformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**SIZES | sizes)).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, num_steps, pct_start=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, num_steps, pct_start=0.1)
         text = calibration_pairs(cipher_pairs(BATCH * num_steps, seed), letter_tokenizer(), BATCH * num_steps, 16, seed)
         for batch in text.batches(BATCH):
             loss = model(**model_inputs(batch.input_ids, batch.attention_mask, batch.labels)).loss

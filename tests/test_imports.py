@@ -33,7 +33,10 @@ ALLOWED = {
     },
     "executor": {"calibration", "process"},
     "pipeline": {"executor", "job", "progress", "stages"},
-    "plan": {"errors", "recipe", "method_options", "budget", "checkpoint", "model", "calibration", "methods", "stages", "report"},
+    "plan": {
+        *("errors", "recipe", "method_options", "budget", "checkpoint", "model", "calibration", "methods"),
+        *("stages", "report"),
+    },
     "materialize": {"errors", "checkpoint", "model"},
     "report": {"errors", "checkpoint", "model", "stages"},
 }

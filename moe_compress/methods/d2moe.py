@@ -30,7 +30,6 @@ from torch import Tensor
 from ..budget import uniform_rank
 from ..calibration.statistics import LayerStatistics, down_side, up_side
 from ..errors import CompressionError, RecipeError
-from ..linalg.alignment import ExpertWeights, align
 from ..linalg.factorisation import (
     InputRoot,
     factorise_left,
@@ -44,6 +43,7 @@ from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group
 from ..model.experts import FactorisedSlot
+from .merge import align_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,24 +281,10 @@ class GroupProblem:
 
 
 def channel_alignment(layer: MoELayer, up_EMD: Tensor, down_EDF: Tensor, statistics: LayerStatistics) -> Tensor:
-    """(E, F) int64: each expert's channels in the order of the most used expert's. Function-preserving.
-
-    Raises:
-        RecipeError: the experts carry biases, which would have to be permuted and stored too.
-    """
-    if layer.has_bias:
-        raise RecipeError(f"method.align: {layer.path} has biases, which alignment does not move; set align: false")
-
-    def weights(expert: int) -> ExpertWeights:
-        up_MD, inner = up_EMD[expert].float(), layer.intermediate_size
-        return ExpertWeights(
-            up_FD=up_MD[-inner:],
-            down_DF=down_EDF[expert].float(),
-            gate_FD=up_MD[:inner] if layer.has_gate else None,
-        )
-
-    reference = weights(int(statistics["num_tokens"].argmax()))
-    return torch.stack([align(reference, weights(expert)) for expert in range(layer.num_experts)])
+    """(E, F) int64: each expert's channels in the order of the most used expert's. Function-preserving."""
+    leader = int(statistics["num_tokens"].argmax())
+    tensors = {"up": up_EMD, "down": down_EDF}
+    return torch.stack([align_expert(layer, tensors, expert, leader) for expert in range(layer.num_experts)])
 
 
 def highest_ratio(layers: list[MoELayer], options: D2MoE) -> float:

@@ -59,7 +59,7 @@ class RoutedTokens:
     hidden_TD: Tensor
     index_TK: Tensor
     weights_TK: Tensor
-    router_logits_TE: Tensor | None = None
+    router_logits_TE: Tensor | None
 
 
 class ExpertObserver:
@@ -124,7 +124,25 @@ class ExpertObserver:
             tensors = [t[kept_S][layout.source_S] for t in tensors]
         for tensor in tensors:
             tensor.index_fill_(0, layout.filler, 0)
-        return RoutedTokens(layout.counts, layout.sizes, *tensors, *called_with, logits)
+        (token_S, weight_S, norm_S, *routed), (hidden_TD, index_TK, weights_TK) = tensors, called_with
+        x_SD, up_SM, h_SF, y_SD, d_up_SM, d_y_SD = routed
+        return RoutedTokens(
+            counts=layout.counts,
+            sizes=layout.sizes,
+            token_S=token_S,
+            weight_S=weight_S,
+            output_norm_S=norm_S,
+            x_SD=x_SD,
+            up_SM=up_SM,
+            h_SF=h_SF,
+            y_SD=y_SD,
+            d_up_SM=d_up_SM,
+            d_y_SD=d_y_SD,
+            hidden_TD=hidden_TD,
+            index_TK=index_TK,
+            weights_TK=weights_TK,
+            router_logits_TE=logits,
+        )
 
     def _see_router(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keeps the first (T, E) floating output of a sibling of the experts: the router's logits."""

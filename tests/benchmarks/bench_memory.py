@@ -4,15 +4,14 @@
 
 Writes random bf16 checkpoints (D 1024, F 3584, 8 experts, top-2) layer by layer into a temporary folder, runs
 `moe-compress compress` on each as a process of its own and samples the proportional set size of its process tree.
-Prints a table of the peak of each stage, and the peak as a multiple of one layer above the constant that Python,
-torch and Ray cost before anything is loaded.
+Prints a table of the peak of each stage, and the peak as a multiple of one layer above the constant: what the same
+job costs, Python, torch and Ray in all its processes, when the layers are tiny.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -106,11 +105,11 @@ class Sampler(threading.Thread):
 
 
 def measure(
-    folder: Path, num_layers: int, cluster: dict[str, object], sequences: int
+    folder: Path, num_layers: int, cluster: dict[str, object], sequences: int, is_tiny: bool = False
 ) -> tuple[int, Sampler, dict[str, dict[str, float]]]:
     """(bytes of one layer, sampled peak, stages) of one job."""
     model, text = folder / "model", folder / "text.txt"
-    layer_bytes = write_checkpoint(model, num_layers)
+    layer_bytes = write_checkpoint(model, num_layers, *((64, 128) if is_tiny else ()))
     text.write_text(TEXT)
     recipe = {
         "model": str(model),
@@ -142,20 +141,22 @@ def main() -> None:
     options = parser.parse_args()
     cluster = {"local": True} if options.local else {"layer_workers": options.workers}
     console, table = Console(), Table(title=f"peak memory, {cluster}")
-    for column in ("layers", "checkpoint GB", "one layer MB", "peak MB", "calibrate", "allocate", "compress"):
+    columns = ("layers", "checkpoint GB", "one layer MB", "peak MB", "over the constant", "calibrate", "allocate")
+    for column in (*columns, "compress"):
         table.add_column(column, justify="right")
-    for num_layers in options.layers:
-        folder = Path(tempfile.mkdtemp())
-        try:
-            layer_bytes, sampler, stages = measure(folder, num_layers, cluster, options.sequences)
-        finally:
-            shutil.rmtree(folder)
+    constant = 0
+    for num_layers in [0, *options.layers]:
+        is_tiny = num_layers == 0
+        with tempfile.TemporaryDirectory() as name:
+            layer_bytes, sampler, stages = measure(Path(name), num_layers or 2, cluster, options.sequences, is_tiny)
+        constant = sampler.peak if is_tiny else constant
         by_stage = [f"{stages[name].get('peak_bytes', 0) / 1e6:,.0f}" for name in ("calibrate", "allocate", "compress")]
         table.add_row(
-            str(num_layers),
+            "2 tiny" if is_tiny else str(num_layers),
             f"{num_layers * layer_bytes / 1e9:.2f}",
             f"{layer_bytes / 1e6:.0f}",
             f"{sampler.peak / 1e6:,.0f}",
+            "the constant" if is_tiny else f"{(sampler.peak - constant) / layer_bytes:.2f} layers",
             *by_stage,
         )
         if options.processes:

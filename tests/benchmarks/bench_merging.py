@@ -65,9 +65,7 @@ def bench_alignment() -> None:
             began = time.perf_counter()
             seconds = list(pool.map(align_one, range(1, NUM_ALIGNED + 1)))
             wall[processes] = time.perf_counter() - began
-        print(
-            f"{NUM_ALIGNED} alignments, {processes} processes: {wall[processes]:.2f} s wall, {sum(seconds):.2f} s in them"
-        )
+        print(f"{NUM_ALIGNED} alignments, {processes} processes: {wall[processes]:.2f} s, {sum(seconds):.2f} s in them")
     print(f"two processes are {wall[1] / wall[2]:.2f}x as fast as one")
 
 

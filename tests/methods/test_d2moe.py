@@ -286,12 +286,6 @@ def test_alignment_undoes_a_permutation_so_that_the_base_explains_everything() -
         assert float(straight.sum()) < 1e-8 * float(crooked.sum())
 
 
-def test_alignment_refuses_biases() -> None:
-    case = make_case((12, 8, True))
-    with pytest.raises(RecipeError, match="align: false"):
-        channel_alignment(replace(case.layer, has_bias=True), case.weight["up"], case.weight["down"], case.statistics())
-
-
 # --- rare experts, order of experts ------------------------------------------------------------------------
 
 

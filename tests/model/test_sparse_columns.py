@@ -108,6 +108,7 @@ def test_the_model_and_its_gradients_are_those_of_the_dense_matrices(
         experts: Any = model.get_submodule(layer.path)
         assert hasattr(experts, MAP_NAME) == is_mapped
         expert_map = case.expert_map[layer.path]
+        assert experts.num_experts == int(expert_map.max()) + 1
         grads: dict[Group, Tensor] = {}
         for group in GROUPS:
             grad = to_canonical(layer, group, getattr(stock.get_submodule(layer.path), stock_name(layer, group)).grad)
