@@ -37,6 +37,7 @@ from .model.experts import FactorisedExperts
 from .model.merged import MAP_NAME
 from .model.plugin import METHOD
 from .model.skeleton import Skeleton
+from .model.switch import stock_tensors
 
 
 def materialize_checkpoint(checkpoint: str | Path, output: Path) -> None:
@@ -112,7 +113,7 @@ def _dense_layer(skeleton: Skeleton, path: str) -> dict[str, Tensor]:
     if hasattr(experts, MAP_NAME):
         dense = {name: tensor[experts.expert_map] for name, tensor in dense.items()}
     skeleton.drop(path)
-    return {f"{path}.{name}": tensor for name, tensor in dense.items()}
+    return {f"{path}.{name}": tensor for name, tensor in stock_tensors(experts, dense).items()}
 
 
 def _products(path: str, experts: FactorisedExperts) -> dict[str, Tensor]:

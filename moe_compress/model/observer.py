@@ -59,7 +59,7 @@ class RoutedTokens:
     hidden_TD: Tensor
     index_TK: Tensor
     weights_TK: Tensor
-    router_logits_TE: Tensor | None
+    router_logits_TE: Tensor | None = None
 
 
 class ExpertObserver:

@@ -23,6 +23,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.integrations import use_experts_implementation
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
+from .discovery import always_mapped
 from .grouped import run_experts
 from .merged import MAP_NAME
 
@@ -41,6 +42,8 @@ class SwitchExperts(nn.Module):
     Attributes:
         guard: name of the tensor that stops stock code -> its name on disk.
     """
+
+    top_k = 1
 
     def __init__(self, config: PreTrainedConfig, stock: Any) -> None:
         super().__init__()
@@ -76,6 +79,17 @@ def put_on_contract(model: PreTrainedModel) -> None:
             block.experts = SwitchExperts(model.config, block.experts)
             block.__class__ = SwitchBlock
             block._is_hf_initialized = True  # its initialisation asks for the single experts
+
+
+def stock_tensors(experts: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of an experts module, by name, as stock code of its family has them; mostly what they are."""
+    if not always_mapped(experts):
+        return tensors
+    return {
+        f"expert_{expert}.{_STOCK[name]}.weight": weight
+        for name, stacked in tensors.items()
+        for expert, weight in enumerate(stacked)
+    }
 
 
 def contract_conversions(model: nn.Module) -> list[WeightConverter]:

@@ -11,9 +11,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..model.discovery import MoELayer
+from ..model.routing import TOP_K_NAMES, experts_per_token
 from ..model.skeleton import ROOT, Skeleton
-
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +59,14 @@ def describe(skeleton: Skeleton, layers: list[MoELayer]) -> ModelShape:
     for name, tensor in stored_tensors(skeleton):
         sizes[skeleton.owner(name)] += tensor.numel()
         total += tensor.numel()
-    top_k = _top_k(config)
+    top_k = _top_k(skeleton, layers)
     idle = sum(layer.num_parameters * (layer.num_experts - top_k) // layer.num_experts for layer in layers)
     embedding = skeleton.model.get_input_embeddings().weight.numel()
     is_tied = bool(getattr(config, "tie_word_embeddings", False))
     fields = config.to_dict()  # a model whose layers differ refuses to be asked for one number; the first does here
-    num_heads = fields.get("num_attention_heads") or 0
+    num_heads = _first(fields, "num_attention_heads", "num_heads") or 0
     # latent attention has heads of two widths; this is the one of the values
-    head_dim = fields.get("v_head_dim") or fields.get("head_dim") or config.hidden_size // max(num_heads, 1)
+    head_dim = _first(fields, "v_head_dim", "head_dim", "d_kv") or config.hidden_size // max(num_heads, 1)
     return ModelShape(
         layers=layers,
         top_k=top_k,
@@ -83,11 +82,16 @@ def describe(skeleton: Skeleton, layers: list[MoELayer]) -> ModelShape:
     )
 
 
-def _top_k(config: Any) -> int:
-    for name in _TOP_K_NAMES:
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    raise CheckpointError(
-        f"model type '{config.model_type}': config.json names no experts a token; one of"
-        f" {', '.join(_TOP_K_NAMES)} must be there"
-    )
+def _first(fields: dict[str, Any], *names: str) -> int | None:
+    return next((fields[name] for name in names if fields.get(name)), None)
+
+
+def _top_k(skeleton: Skeleton, layers: list[MoELayer]) -> int:
+    experts: Any = skeleton.model.get_submodule(layers[0].path)
+    top_k: int | None = experts_per_token(skeleton.model.config) or getattr(experts, "top_k", None)
+    if top_k is None:
+        raise CheckpointError(
+            f"model type '{skeleton.model.config.model_type}': config.json names no experts a token; one of"
+            f" {', '.join(TOP_K_NAMES)} must be there"
+        )
+    return top_k

@@ -146,6 +146,7 @@ def brute_force(checkpoint: Path, model_type: str, tokens: TokenBatch) -> tuple[
     pairs: dict[str, list[Pair]] = {}
     calls: dict[str, list[tuple[Tensor, ...]]] = {}
     routers: dict[str, nn.Module] = {}
+    router_logits: dict[str, list[Tensor]] = defaultdict(list)
     parameters: dict[str, list[nn.Parameter]] = {}
     for path, layer in layers.items():
         experts: Any = model.get_submodule(path)
@@ -183,6 +184,7 @@ def brute_force(checkpoint: Path, model_type: str, tokens: TokenBatch) -> tuple[
                 logits = router.weight @ x
                 logits = logits + router.bias if getattr(router, "bias", None) is not None else logits
                 add(into, "router_gram", torch.outer(logits.detach(), logits.detach()))
+                router_logits[path].append(logits.detach())
             for p in pairs[path]:
                 assert p.up.grad is not None
                 assert p.y.grad is not None
@@ -208,7 +210,9 @@ def brute_force(checkpoint: Path, model_type: str, tokens: TokenBatch) -> tuple[
                     add(into, f"{name}_grad_gram", at[:, None, None] * torch.outer(d, d))
                     add(into, f"{name}_grad_diagonal", at[:, None] * d.square())
     for path, called in calls.items():
-        sums[path] |= {name: torch.cat(rows) for name, rows in zip(SAMPLED, zip(*called, strict=True), strict=True)}
+        *called_with, logits = SAMPLED
+        sums[path] |= {name: torch.cat(rows) for name, rows in zip(called_with, zip(*called, strict=True), strict=True)}
+        sums[path][logits] = torch.stack(router_logits[path])
     return total, sums
 
 

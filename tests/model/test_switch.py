@@ -27,9 +27,12 @@ from moe_compress.calibration.text import TokenBatch
 from moe_compress.calibration.worker import CalibrationSetup, LayerWorker, statistics_path
 from moe_compress.checkpoint.manifest import Manifest
 from moe_compress.checkpoint.reader import CheckpointReader
+from moe_compress.materialize import materialize_checkpoint
 from moe_compress.model.skeleton import Skeleton
 from moe_compress.model.streamer import LayerStreamer, model_inputs, summed_nll
 from moe_compress.model.switch import put_on_contract
+from moe_compress.plan import make_plan
+from moe_compress.recipe import parse_recipe
 from tests.switch_models import (
     cipher_pairs,
     compress_switch,
@@ -291,6 +294,33 @@ def tensors_of(folder: Path) -> dict[str, list[int]]:
         with safe_open(path, "pt") as file:
             found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return found
+
+
+@pytest.mark.parametrize("kind", ["mapped", "low rank + sparse", "factorised"])
+def test_materialised_it_is_a_stock_checkpoint_of_the_same_function(
+    kind: str, compressed: Callable[[str], Path], batch: TokenBatch, tmp_path: Path
+) -> None:
+    output = compressed(kind)
+    materialize_checkpoint(output, tmp_path / "dense")
+    dense, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert any(isinstance(module, SwitchTransformersExperts) for module in dense.modules())
+    expected = logits_of(AutoModelForSeq2SeqLM.from_pretrained(output).eval(), batch)
+    torch.testing.assert_close(logits_of(dense.eval(), batch), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [{"name": "msmoe", "ratio": 0.5}, {"name": "mcsmoe", "ratio": 0.6}])
+def test_plan_knows_the_sizes(method: dict[str, Any], folder: Path, stock: Any) -> None:
+    plan = make_plan(
+        parse_recipe({"model": str(folder), "output": "out", "calibration": {"text": "t"}, "method": method})
+    )
+    assert (plan.num_layers, plan.num_moe_layers, plan.num_experts, plan.top_k) == (4, 2, 8, 1)
+    parts = {part.name: part for part in plan.parts}
+    experts = [p for name, p in stock.named_parameters() if ".experts." in name]
+    assert parts["routed experts"].parameters == sum(p.numel() for p in experts)
+    assert parts["routed experts"].parameters_after == int((1 - method["ratio"]) * parts["routed experts"].parameters)
+    assert sum(part.parameters for part in plan.parts) == sum(p.numel() for p in stock.parameters())
 
 
 def test_mapped_experts_are_duplicated_stock_experts(
