@@ -25,6 +25,7 @@ test: check
 benchmarks: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks.bench_factorisation
 	$(BIN)/python -m tests.benchmarks.bench_calibration
+	$(BIN)/python -m tests.benchmarks.bench_merging
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
