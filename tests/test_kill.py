@@ -73,3 +73,25 @@ def test_killed_job_ends_with_the_same_bytes(
     assert code == 0, errors
     assert hashes(tmp_path / "out") == wanted
     assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(KILLS))
+@pytest.mark.parametrize("method", ["msmoe", "mcsmoe"])
+def test_every_method_ends_with_the_same_bytes(
+    method: str, moment: int, tmp_path: Path, model: Path, text_file: Path
+) -> None:
+    local = write_recipe(tmp_path / "a.yaml", model, text_file, tmp_path / "wanted", {"local": True}, method)
+    began = time.monotonic()
+    code, errors = finish(start(local))
+    assert code == 0, errors
+    seconds = time.monotonic() - began
+    recipe = write_recipe(tmp_path / "b.yaml", model, text_file, tmp_path / "out", {"layer_workers": 2}, method)
+    job = start(recipe)
+    time.sleep(2 + random.Random(f"{method} {moment}").random() * 2 * seconds)
+    job.kill()
+    finish(job)
+    code, errors = finish(start(recipe))
+    assert code == 0, errors
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "wanted")
+    assert not list(tmp_path.glob(".*partial"))

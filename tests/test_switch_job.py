@@ -15,7 +15,11 @@ from transformers import AutoModelForSeq2SeqLM
 
 from moe_compress.calibration.pairs import evaluation_pairs, read_pairs
 from moe_compress.checkpoint.manifest import Manifest
+from moe_compress.errors import CheckpointError, RecipeError
 from moe_compress.model.streamer import model_inputs
+from moe_compress.recipe import Recipe, parse_recipe
+from moe_compress.stages.prepare import check
+from tests.conftest import Checkpoint
 from tests.switch_models import (
     LETTERS,
     cipher_pairs,
@@ -104,6 +108,31 @@ def test_merged_low_rank_and_sparse_keeps_the_task(run: Run, root: Path) -> None
     assert size["original"] - size["sparse"] > 0.9 * 4 * (
         parameters["experts_original"] - parameters["experts_compressed"]
     )
+
+
+def recipe_for(model: Path, pairs: Path, **evaluation: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "model": str(model),
+            "output": str(model.parent / "out"),
+            "calibration": {"text": str(pairs)},
+            "method": ALIGNED,
+            "evaluation": {"text": str(pairs)} | evaluation,
+        }
+    )
+
+
+def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, tiny: Checkpoint, text_file: Path) -> None:
+    model = save_switch(random_switch(), tmp_path / "model")
+    pairs = write_pairs(tmp_path / "pairs.jsonl", cipher_pairs(4, seed=0))
+    check(recipe_for(model, pairs, generate=3))
+    with pytest.raises(RecipeError, match=r"^calibration\.text: .*unknown kind of text; use one of \.jsonl"):
+        check(recipe_for(model, text_file))
+    with pytest.raises(RecipeError, match=r"^evaluation\.generate: 3 .* 'mixtral'"):
+        check(recipe_for(tiny("mixtral"), text_file, generate=3))
+    headless = save_switch(random_switch(decoder_start_token_id=None), tmp_path / "headless")
+    with pytest.raises(CheckpointError, match="decoder_start_token_id"):
+        check(recipe_for(headless, pairs))
 
 
 @torch.no_grad()

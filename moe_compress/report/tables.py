@@ -60,7 +60,7 @@ def _quality_table(summary: dict[str, Any]) -> Table:
     add("bytes on disk", size["original"], size["compressed"], bytes_for_people)
     if scores is not None:
         add("perplexity", scores["original_perplexity"], scores["perplexity"], "{:.3f}".format)
-        if scores["exact_match"] is not None:
+        if scores.get("exact_match") is not None:
             add("exact match, generated", scores["original_exact_match"], scores["exact_match"], "{:.2%}".format)
             add("token F1, generated", scores["original_token_f1"], scores["token_f1"], "{:.2%}".format)
         table.add_row("top-1 agreement", "", f"{scores['agreement']:.2%}", "")

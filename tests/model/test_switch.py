@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,16 @@ def test_streamed_logits_and_gradients_are_the_whole_models(stock: Any, folder: 
     torch.testing.assert_close(streamer.drive_forward(inputs_of(batch)), logits_of(stock, batch), atol=2e-5, rtol=1e-5)
     names = {layer: [n for n, _ in skeleton.layers[layer].named_parameters()] for layer in skeleton.layers}
     found: dict[str, Tensor | None] = {}
+
+    def only_loaded(name: str) -> Any:
+        in_memory = [n for n, layer in skeleton.layers.items() if not all(p.is_meta for p in layer.parameters())]
+        assert in_memory == [name]
+        return nullcontext()
+
     loss = streamer.drive_backward(
         inputs_of(batch),
         summed_nll,
-        lambda name: torch.enable_grad(),
+        only_loaded,
         lambda name: [p for _, p in skeleton.layers[name].named_parameters()],
         lambda name, grads: found.update(zip((f"{name}.{n}" for n in names[name]), grads, strict=True)),
     )
