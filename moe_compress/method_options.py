@@ -200,6 +200,8 @@ class MCSMoE(Merge):
     def _merges_less(self) -> MCSMoE:
         if self.merge_ratio >= self.ratio:
             raise ValueError(f"merge_ratio: {self.merge_ratio} is not below ratio, {self.ratio}; lower it")
+        if self.router == "shrink":
+            raise ValueError("router: no stock checkpoint holds factors; set router: keep or slice")
         return self
 
 

@@ -291,18 +291,10 @@ def _half_products(is_cuda: bool, wanted: bool) -> Iterator[None]:
         backend.fp32_precision = before
 
 
-def _in_halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Two fp32 tensors of the sum `tensor` that lose at most 2^-18 of an element in `_half_products`.
-
-    Overwrites `tensor`.
-    """
-    high = tensor.bfloat16().float()
-    return high, tensor.sub_(high)
-
-
 def _weighted(rows_SN: Tensor, weight_S1: Tensor, buffers_3SN: Tensor, half: bool) -> list[Tensor]:
     """The rows in fp32, and what adds up to the rows times their weight: two tensors if `half`, or one.
 
+    The two are what bf16 holds of each element and the rest, so `_half_products` lose at most 2^-17 of it.
     A few rows at a time, which stay in the cache; fresh memory for each tile would cost more than the arithmetic.
     """
     filled = [buffer[: len(rows_SN)] for buffer in (buffers_3SN if half else buffers_3SN[:2])]

@@ -220,7 +220,7 @@ def _nll(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
     total = losses.sum()
     if not torch.isfinite(total):
         raise CalibrationError(
-            f"loss of a calibration batch is {float(total)}: the model's activations overflow or its weights"
+            f"loss of a calibration batch is {float(total.detach())}: the model's activations overflow or its weights"
             " hold NaN; try calibration.dtype: float32"
         )
     return total
