@@ -9,10 +9,14 @@ expert's outputs are rotated or scaled, so it needs no alignment. Costs E T^2 D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 # Shape suffixes: E experts, K features, T shared tokens, D output features.
+
+_COLUMNS = 2**18
 
 
 def cosine(features_EK: Tensor) -> Tensor:
@@ -36,3 +40,14 @@ def linear_cka(outputs_ETD: Tensor) -> Tensor:
     # rows centred: the Gram is H K H already
     grams = (centred @ centred.mT).flatten(1)
     return cosine(grams)
+
+
+def sum_of_grams(parts_EK: Sequence[Tensor]) -> Tensor:
+    """(E, E) fp32 inner products of rows that lie in several matrices; only some columns are cast at a time."""
+    num_experts = len(parts_EK[0])
+    gram_EE = torch.zeros(num_experts, num_experts, device=parts_EK[0].device)
+    for part in parts_EK:
+        for columns in part.split(_COLUMNS, dim=1):
+            rows = columns.float()
+            gram_EE.addmm_(rows, rows.mT)
+    return gram_EE

@@ -9,9 +9,9 @@ from math import floor
 from transformers import PreTrainedModel
 
 from ..errors import RecipeError
-from ..method_options import Fewer, MCSMoE, Prune
+from ..method_options import Fewer, MCSMoE, Merge, Prune
 from ..model.discovery import MoELayer
-from ..model.routing import experts_per_token, resize_experts, router_groups
+from ..model.routing import experts_per_token, resize_experts, router_groups, router_weight
 from .grouping import Floats, adaptive_counts
 
 
@@ -137,3 +137,6 @@ def check_counts(model: PreTrainedModel, layers: list[MoELayer], options: Fewer)
     if options.router != "keep":
         for count in set(counts) - {layer.num_experts for layer in layers}:
             resize_experts(model, count)
+    if isinstance(options, Merge) and (options.similarity == "router_weights" or options.repair == "logsumexp"):
+        for layer in layers:
+            router_weight(model, layer)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import RecipeError
@@ -139,6 +139,26 @@ def _check_router(model: PreTrainedModel, layers: list[MoELayer], resized: Resiz
             f"method.router: {count} experts a layer are too few for a router that picks {top_k}{of_groups};"
             f" keep more, or {_REMEDY}"
         )
+
+
+def router_weight(model: nn.Module, layer: MoELayer) -> str:
+    """Name of the (E, D) weight beside the experts: the router's, of whatever class.
+
+    Raises:
+        RecipeError: there is none, or more than one.
+    """
+    block, shape = layer.path.rpartition(".")[0], (layer.num_experts, layer.hidden_size)
+    found = [
+        f"{block}.{name}"
+        for name, tensor in model.get_submodule(block).named_parameters()
+        if tuple(tensor.shape) == shape and not f"{block}.{name}".startswith(layer.path + ".")
+    ]
+    if len(found) != 1:
+        raise RecipeError(
+            f"method.similarity: the router beside {layer.path} is not one {shape[0]} x {shape[1]} matrix; leave"
+            " similarity: router_weights and repair: logsumexp out"
+        )
+    return found[0]
 
 
 def router_groups(config: PreTrainedConfig) -> tuple[int, int]:

@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..calibration.statistics import LayerStatistics
+from ..calibration.statistics import SAMPLED, LayerStatistics
 from ..calibration.worker import pick_device, statistics_path
 from ..checkpoint.writer import ShardInfo, describe_shard, write_shard
 from ..linalg.alignment import apply_permutation, channel_features
-from ..linalg.similarity import cosine, gram_cosine, linear_cka
+from ..linalg.similarity import cosine, gram_cosine, linear_cka, sum_of_grams
 from ..linalg.stable_rank import stable_rank
 from ..method_options import Merge
 from ..methods.merge import Grouping, align_activations, align_expert, expert_weights, merge_weights, shares
 from ..methods.router_repair import fit_rows
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, bias_name, hidden_activations, stock_name, to_canonical, to_stock
+from ..model.routing import router_weight
 from .units import open_checkpoint, write_table
 
 WEIGHT_FREE = ("router_logits", "input_features", "random")
@@ -111,16 +112,13 @@ def measure_similarity(place: MergePlace, path: str) -> None:
     kind = place.options.similarity
     if kind == "router_weights":
         skeleton, layers = open_checkpoint(place.checkpoint)
-        similarity = cosine(skeleton.take(router_weight_name(skeleton.model, layers[path])).float())
+        similarity = cosine(skeleton.take(router_weight(skeleton.model, layers[path])).float())
     else:
         loaded = _Layer(place.checkpoint, path, place.device)
         if kind == "expert_weights":
-            parts = (loaded.tensors[group].flatten(1) for group in GROUPS)
-            gram = sum(part.float() @ part.float().mT for part in parts)
-            assert isinstance(gram, Tensor)
-            similarity = gram_cosine(gram)
+            similarity = gram_cosine(sum_of_grams([loaded.tensors[group].flatten(1) for group in GROUPS]))
         else:
-            statistics = LayerStatistics.load(loaded.layer, statistics_path(place.statistics, path))
+            statistics = LayerStatistics.load(loaded.layer, statistics_path(place.statistics, path), SAMPLED)
             outputs_ETD = loaded.outputs(_shared_tokens(statistics, loaded))
             similarity = linear_cka(outputs_ETD) if kind == "cka" else cosine(outputs_ETD.float().mean(1))
     write_shard(target, {"similarity": similarity.cpu()})
@@ -129,19 +127,6 @@ def measure_similarity(place: MergePlace, path: str) -> None:
 def _shared_tokens(statistics: LayerStatistics, loaded: _Layer) -> Tensor:
     hidden_TD = statistics["sample_hidden"][:_SHARED_TOKENS]
     return hidden_TD.to(loaded.tensors["up"].device, loaded.tensors["up"].dtype)
-
-
-def router_weight_name(model: nn.Module, layer: MoELayer) -> str:
-    """The (E, D) weight beside the experts: the router's, of whatever class."""
-    block = layer.path.rpartition(".")[0]
-    shape = (layer.num_experts, layer.hidden_size)
-    found = [
-        f"{block}.{name}"
-        for name, tensor in model.get_submodule(block).named_parameters()
-        if tuple(tensor.shape) == shape and not f"{block}.{name}".startswith(layer.path + ".")
-    ]
-    assert len(found) == 1, found
-    return found[0]
 
 
 def align_members(place: MergePlace, path: str, pairs: list[tuple[int, int]]) -> None:
@@ -157,7 +142,7 @@ def align_members(place: MergePlace, path: str, pairs: list[tuple[int, int]]) ->
         return
     loaded = _Layer(place.checkpoint, path, place.device)
     if place.options.align == "activations":
-        statistics = LayerStatistics.load(loaded.layer, statistics_path(place.statistics, path))
+        statistics = LayerStatistics.load(loaded.layer, statistics_path(place.statistics, path), SAMPLED)
         hidden_TD = _shared_tokens(statistics, loaded)
     for (expert, leader), target in targets.items():
         if place.options.align == "activations":
@@ -188,7 +173,8 @@ def merge_layer(place: MergePlace, path: str, grouping: Grouping, router: Router
     skeleton, _ = open_checkpoint(place.checkpoint)
     loaded = _Layer(place.checkpoint, path, place.device)
     layer = loaded.layer
-    statistics = LayerStatistics.load(layer, statistics_path(place.statistics, path))
+    used = ("num_tokens", "saliency_sum", "up_fisher", "down_fisher", *SAMPLED)
+    statistics = LayerStatistics.load(layer, statistics_path(place.statistics, path), used)
     orders = read_orders(place, path, grouping)
     stock: dict[str, Tensor] = {}
     merged: dict[str, Tensor] = {}
@@ -210,7 +196,7 @@ def _fitted_rows(place: MergePlace, path: str, statistics: LayerStatistics, grou
     if place.options.repair != "logsumexp" or "sample_logits" not in statistics:
         return {}
     skeleton, layers = open_checkpoint(place.checkpoint)
-    name = router_weight_name(skeleton.model, layers[path])
+    name = router_weight(skeleton.model, layers[path])
     weight_ED = skeleton.take(name)
     rows = fit_rows(weight_ED, statistics["sample_hidden"], statistics["sample_logits"], grouping)
     return {} if rows is None else {name: rows.to(weight_ED.dtype)}

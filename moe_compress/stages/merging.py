@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from safetensors.torch import load_file
 
+from ..errors import CompressionError
 from ..executor import Executor
 from ..job import Job
 from ..linalg.similarity import cosine, gram_cosine
@@ -95,7 +96,12 @@ class MergeExperts(KeepFewer):
     def _similarity(self, index: int, layer: MoELayer) -> Floats:
         kind = self.options.similarity
         if kind == "router_logits":
-            return as_array(gram_cosine(self.statistics(layer, "router_gram")["router_gram"]))
+            gram_EE = self.statistics(layer, "router_gram")["router_gram"]
+            if not bool(gram_EE.any()):
+                raise CompressionError(
+                    f"{layer.path}: its router gives no logits of its experts; set similarity: expert_weights"
+                )
+            return as_array(gram_cosine(gram_EE))
         if kind == "input_features":
             return as_array(cosine(self.statistics(layer, "input_sum")["input_sum"]))
         if kind == "random":
