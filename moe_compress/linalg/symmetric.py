@@ -60,15 +60,17 @@ def shrink_rare(gram_ENN: Tensor, num_tokens_E: Tensor, floor: int) -> Tensor:
         (E, N, N), unit of the input: sums over max(num_tokens, 1) tokens. Where no expert saw a
         token the mean is taken to be the identity.
     """
-    num_tokens_E = num_tokens_E.to(gram_ENN)
-    total = num_tokens_E.sum()
+    rare = (num_tokens_E < floor).nonzero().flatten().tolist()
+    if not rare:
+        return gram_ENN
+    total = num_tokens_E.sum().to(gram_ENN)
     identity_NN = torch.eye(gram_ENN.shape[-1], dtype=gram_ENN.dtype, device=gram_ENN.device)
-    mean_NN = torch.where(total > 0, gram_ENN.sum(0) / total.clamp_min(1), identity_NN)
-    rare_E = num_tokens_E < floor
-    prior_E = (rare_E * floor).to(gram_ENN)
-    scale_E = num_tokens_E.clamp_min(1) / (num_tokens_E + prior_E).clamp_min(1)
-    shrunk_ENN = (gram_ENN + prior_E[:, None, None] * mean_NN) * scale_E[:, None, None]
-    return torch.where(rare_E[:, None, None], shrunk_ENN, gram_ENN)
+    prior_NN = floor * torch.where(total > 0, gram_ENN.sum(0) / total.clamp_min(1), identity_NN)
+    shrunk_ENN = gram_ENN.clone()
+    for expert in rare:
+        seen = num_tokens_E[expert].to(gram_ENN)
+        shrunk_ENN[expert].add_(prior_NN).mul_(seen.clamp_min(1) / (seen + floor))
+    return shrunk_ENN
 
 
 def symmetric_product(a_EKN: Tensor, b_EKN: Tensor) -> Tensor:
