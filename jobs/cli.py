@@ -129,9 +129,11 @@ def materialize(
 @app.command()
 def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> None:
     """Prints what a finished job did."""
+    from moe_compress.report.layers import show_layers
     from moe_compress.report.tables import show_job
 
     show_job(job_dir, Console())
+    show_layers(job_dir, Console())
 
 
 def main() -> None:

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from moe_compress.checkpoint.manifest import Manifest
 from moe_compress.errors import CheckpointError, RecipeError
 from moe_compress.model.merged import MappedExperts
+from moe_compress.report.layers import show_layers
 from tests.conftest import Checkpoint, Compress
 from tests.test_breadth import REFUSED, load, stored_bytes
 from tests.tiny_models import Unbuildable, auto_class, contract_types, expert_modules, token_ids
@@ -124,6 +127,23 @@ for folder in sys.argv[1:]:
 """
     done = subprocess.run([sys.executable, "-c", script, *folders], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["refused"] * len(folders)
+
+
+def test_what_merging_did_is_told(compressed: Compress, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = compressed("phimoe", **MERGED)
+    job = folder.parent / "phimoe.job"
+    merges, routing = (pq.read_table(job / name).to_pydict() for name in ("merges.parquet", "routing.parquet"))
+    said = Manifest.load(folder).layers
+    assert [(p, e, said[p]["leader_of"][e]) for p, e in zip(merges["layer"], merges["expert"], strict=True)] == list(
+        zip(merges["layer"], merges["expert"], merges["leader"], strict=True)
+    )
+    gain = zip(merges["distance_before"], merges["distance_after"], strict=True)
+    assert all(0 < after < before for before, after in gain)
+    assert all(0 < error < 2 for error in merges["merge_error"])
+    assert all(0 <= cka <= 1 for cka in merges["cka"])
+    assert sum(routing["frequency"]) == pytest.approx(len(said))
+    show_layers(job, Console(width=200))
+    assert all(path in capsys.readouterr().out for path in list(said)[:1])
 
 
 def test_one_calibration_serves_all_methods(compressed: Compress) -> None:

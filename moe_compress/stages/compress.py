@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ..executor import Executor
 from ..job import Job
 from ..progress import Reporter
 from .prepare import Prepared
 from .scheme import Decision, Work, run_all
-from .units import copy_tensors
+from .units import copy_tensors, write_table
+
+MERGES_NAME = "merges.parquet"
+"""What became of each merged expert, where experts were merged."""
 
 
 def compress_layers(
@@ -29,4 +35,8 @@ def compress_layers(
     targets = [folder / f"model-{i:05d}-of-{len(works):05d}.safetensors" for i in range(1, len(works) + 1)]
     shards = [Work(work.unit, (*work.args, target)) for work, target in zip(works, targets, strict=True)]
     run_all("compress", shards, [], executor, reporter)
+    merges = job.folder / MERGES_NAME
+    merges.unlink(missing_ok=True)  # another method's, in the same folder
+    if decision.diagnostics:
+        write_table(merges, pa.concat_tables(pq.read_table(path) for path in decision.diagnostics))
     return targets

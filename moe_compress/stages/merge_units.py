@@ -78,6 +78,11 @@ def order_path(folder: Path, path: str, expert: int, leader: int) -> Path:
     return folder / f"{path}.{expert}-to-{leader}.safetensors"
 
 
+def diagnostics_path(folder: Path, path: str) -> Path:
+    """File of what became of the merged experts of one layer."""
+    return folder / f"{path}.parquet"
+
+
 class _Layer:
     """A layer's experts, loaded: the module, and its tensors in canonical layout."""
 
@@ -167,7 +172,7 @@ def read_orders(place: MergePlace, path: str, grouping: Grouping) -> dict[int, T
 
 def merge_layer(place: MergePlace, path: str, grouping: Grouping, router: RouterChange, target: Path) -> ShardInfo:
     """Writes a layer's merged experts, and its router where that changes, as a shard of the output."""
-    report = place.diagnostics / f"{path}.parquet"
+    report = diagnostics_path(place.diagnostics, path)
     if target.exists() and report.exists():
         return describe_shard(target)
     skeleton, _ = open_checkpoint(place.checkpoint)

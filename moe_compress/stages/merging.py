@@ -19,6 +19,7 @@ from .merge_units import (
     WEIGHT_FREE,
     MergePlace,
     align_members,
+    diagnostics_path,
     measure_similarity,
     merge_layer,
     order_path,
@@ -78,7 +79,9 @@ class MergeExperts(KeepFewer):
             for path, grouping in groupings.items()
             if grouping.merged
         }
-        return self.decision(groupings, works)
+        decision = self.decision(groupings, works)
+        decision.diagnostics = [diagnostics_path(self.place.diagnostics, path) for path in works]
+        return decision
 
     def _group_layer(self, index: int, layer: MoELayer, count: int, score_E: Floats) -> Grouping:
         if count == layer.num_experts:

@@ -12,6 +12,8 @@ from ..progress import Reporter
 from .prepare import Prepared
 from .units import write_table
 
+ROUTING_NAME = "routing.parquet"
+
 TOKEN_FLOOR = 64
 """Experts that saw fewer tokens are named: what is estimated for them is thin."""
 
@@ -53,7 +55,7 @@ def report_routing(job: Job, prepared: Prepared, reporter: Reporter) -> None:
                 }
             )
         )
-    write_table(job.folder / "routing.parquet", pa.concat_tables(tables))
+    write_table(job.folder / ROUTING_NAME, pa.concat_tables(tables))
     if num_rare:
         reporter.say(f"{num_rare} experts saw fewer than {TOKEN_FLOOR} tokens (routing.parquet); more text helps them")
     if even:

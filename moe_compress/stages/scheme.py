@@ -6,7 +6,8 @@ A scheme lives in the driver and reads no weights: its units do, wherever the ex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..executor import Executor, Ref
@@ -32,6 +33,7 @@ class Decision:
         shards: the work that writes them.
         provenance: experts path -> what the manifest says of it.
         expert_parameters: routed-expert parameters that are left.
+        diagnostics: tables that the shards' work leaves beside them.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -40,6 +42,7 @@ class Decision:
     shards: list[Work]
     provenance: dict[str, dict[str, Any]]
     expert_parameters: int
+    diagnostics: list[Path] = field(default_factory=list)
 
 
 Pending = list[Ref]
