@@ -20,7 +20,7 @@ check: $(VENV)/ready
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks.bench_factorisation

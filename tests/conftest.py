@@ -97,6 +97,19 @@ def breadth(request: pytest.FixtureRequest) -> dict[str, str]:
     return request.config.stash.setdefault(BREADTH, {})
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its rows to whoever prints the table."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["breadth"] = session.config.stash.get(BREADTH, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes the rows of a worker."""
+    node.config.stash.setdefault(BREADTH, {}).update(getattr(node, "workeroutput", {}).get("breadth", {}))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
     rows = config.stash.get(BREADTH, {})
