@@ -133,7 +133,8 @@ class Merge(Fewer):
     """How experts are merged.
 
     Attributes:
-        similarity: what makes experts alike (see linalg/similarity.py).
+        similarity: what makes experts alike: the cosine of their weights, of the router's rows or of its logits on the
+            calibration text, of mean inputs or mean outputs, CKA of their outputs, or chance.
         grouping: `dominant` experts by frequency, each other joins the one it is most alike; `salient` the same by
             saliency, few large groups; `hierarchical` average linkage.
         max_group: experts a group holds at most.

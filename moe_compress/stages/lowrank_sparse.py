@@ -245,6 +245,7 @@ class LowRankSparse(MergeExperts):
         decision = self.decision(groupings, works)
         for path, spec in decision.layers.items():
             spec |= specs[path]
+            decision.provenance[path] |= specs[path]
         decision.expert_parameters = sum(count_parameters(layers[path], specs[path]) for path in specs)
         return decision
 
