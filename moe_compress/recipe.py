@@ -98,7 +98,7 @@ class Calibration(TextPairs):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     labels: Literal["text", "sampled"] = "text"
     full_covariance: Literal["auto", "always"] = "auto"
-    activation_memory_gb: float = Field(0.0625, ge=0)
+    activation_memory_gb: float = Field(0.015625, ge=0)
 
     _listed = field_validator("text", mode="before")(_as_text)
 
