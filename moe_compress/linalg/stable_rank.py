@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STEPS = 24
+_STEPS = 96
 
 
 def stable_rank(weight_EMN: Tensor) -> Tensor:
