@@ -59,13 +59,13 @@ def run(recipe: Recipe, console: Console) -> None:
     with job.locked(), PeakMemory() as memory, ExitStack() as stack:
         reporter = Reporter(job, memory=memory)
         try:
-            prepared = prepare(job, *inputs)  # its files are there when `compress` asks again
+            prepared = prepare(job, *inputs)
             executor = stack.enter_context(executor_for(recipe.cluster))
         except (RecipeError, CheckpointError):
             _remove(created)
             raise
         _tell_short(recipe, prepared.calibration_tokens, reporter)
-        compress(job, executor, reporter)
+        compress(job, prepared, executor, reporter)
     show_job(recipe.job_path, console)
 
 

@@ -13,21 +13,24 @@ from .stages.assemble import assemble
 from .stages.calibrate import calibrate
 from .stages.compress import compress_layers
 from .stages.evaluate import evaluate
-from .stages.prepare import check, check_output, prepare
+from .stages.prepare import Prepared
 from .stages.schemes import scheme_of
 from .stages.summary import summarise
 
 
-def compress(job: Job, executor: Executor, reporter: Reporter) -> None:
+def compress(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> None:
     """Runs or resumes a job, whose folder the caller has locked; leaves `summary.json` there.
 
+    Args:
+        job: the job.
+        prepared: its inputs, checked.
+        executor: what runs its units.
+        reporter: told of its stages.
+
     Raises:
-        RecipeError, CheckpointError: refused before any tensor was read.
+        RecipeError: another checkpoint of ours appeared at the output meanwhile.
         CalibrationError, CompressionError: stopped half-way; finished work is kept in the job folder.
     """
-    reader, skeleton, layers = check(job.recipe)
-    check_output(job.recipe)
-    prepared = prepare(job, reader, skeleton, layers)
     scheme = scheme_of(job, prepared)
     pending = calibrate(job, prepared, scheme, executor, reporter)
     decision = scheme.decide(pending, executor, reporter)

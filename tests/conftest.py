@@ -17,6 +17,7 @@ from moe_compress.job import Job
 from moe_compress.pipeline import compress
 from moe_compress.progress import Reporter
 from moe_compress.recipe import parse_recipe
+from moe_compress.stages.prepare import check, prepare
 from tests.tiny_models import save_tiny
 
 transformers.logging.set_verbosity_error()
@@ -85,7 +86,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, tiny: Checkpoint, text_
         if not output.exists():
             job = Job(recipe)
             with job.locked():
-                compress(job, InProcess(1), Reporter(job))
+                compress(job, prepare(job, *check(recipe)), InProcess(1), Reporter(job))
         return output
 
     return make

@@ -19,6 +19,7 @@ from moe_compress.model.streamer import model_inputs
 from moe_compress.pipeline import compress
 from moe_compress.progress import Reporter
 from moe_compress.recipe import parse_recipe
+from moe_compress.stages.prepare import check, prepare
 
 PAD, EOS = 0, 1
 LETTERS = string.ascii_lowercase[:16]
@@ -102,7 +103,7 @@ def compress_switch(model: Path, output: Path, pairs: Path, **changes: Any) -> P
     }
     job = Job(parse_recipe(recipe | changes))
     with job.locked():
-        compress(job, InProcess(1), Reporter(job))
+        compress(job, prepare(job, *check(job.recipe)), InProcess(1), Reporter(job))
     return job.folder
 
 

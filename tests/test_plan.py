@@ -19,6 +19,7 @@ from moe_compress.pipeline import compress
 from moe_compress.plan import Plan, make_plan
 from moe_compress.progress import Reporter
 from moe_compress.recipe import Recipe, parse_recipe
+from moe_compress.stages.prepare import check, prepare
 from tests.conftest import Checkpoint
 
 MIXTRAL = {
@@ -254,7 +255,7 @@ def test_the_output_is_as_large_as_planned(
     assert total(plan, "num_bytes") == CheckpointReader(model).total_bytes
     job = Job(recipe)
     with job.locked():
-        compress(job, InProcess(1), Reporter(job, Console(quiet=True)))
+        compress(job, prepare(job, *check(recipe)), InProcess(1), Reporter(job, Console(quiet=True)))
     output = CheckpointReader(recipe.output_path)
     assert total(plan, "bytes_after") == pytest.approx(output.total_bytes, rel=0.01)
     assert plan.disk_bytes["output"] == total(plan, "bytes_after")

@@ -201,13 +201,14 @@ class LayerStatistics:
                 continue
             loss_gram_ENN = self.tensors.get(f"{name}_{side}_loss_gram")
             half, most = _takes_half(rows_SN), max(1, *sizes)
-            shape = 3, min(most, TILE_ROWS) if rows_SN.is_cpu else most, rows_SN.shape[1]
+            num_buffers = 1 if loss_gram_ENN is None else 3 if half else 2
+            shape = num_buffers, min(most, TILE_ROWS) if rows_SN.is_cpu else most, rows_SN.shape[1]
             buffers = rows_SN.new_empty(shape, dtype=torch.float32)
             experts = zip(rows_SN.split(sizes), power_S1.split(sizes), strict=True)
             for expert, (routed_SN, routed_power) in enumerate(experts):
                 tiles = zip(routed_SN.split(buffers.shape[1]), routed_power.split(buffers.shape[1]), strict=True)
                 for tile, power in tiles:
-                    rows, *weighted = _weighted(tile, power, buffers, half)
+                    rows, *weighted = _weighted(tile, power, buffers)
                     with _half_products(tile.is_cuda, half):
                         _add_gram(gram_ENN[expert], rows, rows)
                         if loss_gram_ENN is not None:
@@ -291,19 +292,20 @@ def _half_products(is_cuda: bool, wanted: bool) -> Iterator[None]:
         backend.fp32_precision = before
 
 
-def _weighted(rows_SN: Tensor, weight_S1: Tensor, buffers_3SN: Tensor, half: bool) -> list[Tensor]:
-    """The rows in fp32, and what adds up to the rows times their weight: two tensors if `half`, or one.
+def _weighted(rows_SN: Tensor, weight_S1: Tensor, buffers_BSN: Tensor) -> list[Tensor]:
+    """The rows in fp32, and what adds up to the rows times their weight, in as many tensors as there are buffers left.
 
-    The two are what bf16 holds of each element and the rest, so `_half_products` lose at most 2^-17 of it.
+    Two are what bf16 holds of each element and the rest, so `_half_products` lose at most 2^-17 of it.
     A few rows at a time, which stay in the cache; fresh memory for each tile would cost more than the arithmetic.
     """
-    filled = [buffer[: len(rows_SN)] for buffer in (buffers_3SN if half else buffers_3SN[:2])]
+    filled = [buffer[: len(rows_SN)] for buffer in buffers_BSN]
     for source, weight, rows, *parts in zip(
         *(t.split(_CACHED_ROWS) for t in (rows_SN, weight_S1, *filled)), strict=True
     ):
         rows.copy_(source)
-        torch.mul(rows, weight, out=parts[-1])
-        if half:
+        if parts:
+            torch.mul(rows, weight, out=parts[-1])
+        if len(parts) == 2:
             parts[0].copy_(parts[1].bfloat16())
             parts[1].sub_(parts[0])
     return filled

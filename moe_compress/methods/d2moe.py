@@ -41,7 +41,7 @@ from ..linalg.factorisation import (
 from ..linalg.symmetric import damp, shrink_rare, symmetric_product
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
-from ..model.expert_bank import GROUPS, Group
+from ..model.expert_bank import GROUPS, Group, channel_index
 from ..model.experts import FactorisedSlot
 from .merge import align_expert
 
@@ -116,7 +116,9 @@ class GroupProblem:
         self.device = torch.device(device)
         self.weight_EMN = weight_EMN
         self.slots = slots(layer, group, options)
-        self._order_EC = None if permutations_EF is None else self._channel_order(permutations_EF)
+        self._order_EC = (
+            None if permutations_EF is None else channel_index(layer, group, permutations_EF.to(self.device))
+        )
         self._gram_EKK, self._of_output = self._covariance()
         self.base_MN = self._base()
 
@@ -157,7 +159,7 @@ class GroupProblem:
                 else:
                     pairs = factorise_left(part, self._problem(slot, delta, root, block), wanted[slot.name])
                 for expert, (u, v) in enumerate(pairs, block.start):
-                    rows = slice(layout.offsets[expert], layout.offsets[expert + 1])
+                    rows = layout.factor_rows(expert)
                     out[f"{slot.name}_u"][rows] = u.mT
                     out[f"{slot.name}_v"][rows] = v
         return out
@@ -270,14 +272,6 @@ class GroupProblem:
         for block in self._blocks():
             total += torch.einsum(product, self._weight(block), factor_E[block])
         return total
-
-    def _channel_order(self, permutations_EF: Tensor) -> Tensor:
-        """(E, M) or (E, F) index of each channel's place; gate and up rows move together."""
-        order = permutations_EF.to(self.device)
-        if self.group == "down":
-            return order
-        inner, num_rows = self.layer.intermediate_size, self.layer.up_shape[0]
-        return torch.cat([order + start for start in range(0, num_rows, inner)], dim=1)
 
 
 def channel_alignment(layer: MoELayer, up_EMD: Tensor, down_EDF: Tensor, statistics: LayerStatistics) -> Tensor:

@@ -28,7 +28,7 @@ from ..model.experts import FactorisedSlot
 
 def residual(weight_MN: Tensor, factors: dict[str, Tensor], slot: FactorisedSlot, expert: int) -> Tensor:
     """(M, N) fp32 what the stored factors of one expert leave of its matrix."""
-    rows = slice(slot.offsets[expert], slot.offsets[expert + 1])
+    rows = slot.factor_rows(expert)
     u, v = factors[f"{slot.name}_u"][rows].float(), factors[f"{slot.name}_v"][rows].float()
     return torch.addmm(weight_MN.float(), u.mT, v, alpha=-1)
 
@@ -48,7 +48,7 @@ def choose_columns(scores: list[NDArray[np.floating]], costs: list[int], budget:
     """The columns of highest score of all matrices within a budget; of equal ones the first.
 
     Args:
-        scores: (N,) of each matrix, a parameter; -inf where none may be taken.
+        scores: (N,) of each matrix, a parameter; 0 where none may be taken.
         costs: parameters of one column of each matrix, its number included.
         budget: parameters for all columns together.
 

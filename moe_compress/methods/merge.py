@@ -115,7 +115,8 @@ def merge_statistics(
 ) -> tuple[MoELayer, LayerStatistics]:
     """What the merged experts would have seen: the sums of their members', channels in the leaders' order.
 
-    Exact for inputs of gate and up; of hidden channels and outputs it is what the members gave.
+    Exact for inputs of gate and up; of hidden channels and outputs it is what the members gave. Sums that were not
+    loaded are left out.
     """
     layer = statistics.layer
     leaders = grouping.leaders
@@ -124,11 +125,10 @@ def merge_statistics(
     member_GE = torch.zeros(len(leaders), layer.num_experts, dtype=torch.float64)
     member_GE[grouping.expert_map, range(layer.num_experts)] = 1
     tensors: dict[str, Tensor] = {}
-    for name in ("num_tokens", "up_fisher", "down_fisher", "weight_sum", "saliency_sum"):
+    scalars = ("num_tokens", "up_fisher", "down_fisher", "weight_sum", "saliency_sum")
+    for name in filter(statistics.__contains__, scalars):
         tensors[name] = (member_GE @ statistics[name].double()).to(statistics[name].dtype)
-    for name in (*shapes, "up_fisher_columns", "down_fisher_columns"):
-        if name not in statistics:
-            continue
+    for name in filter(statistics.__contains__, (*shapes, "up_fisher_columns", "down_fisher_columns")):
         total = torch.zeros(len(leaders), *statistics[name].shape[1:])
         group: Group = "up" if name.startswith("up") else "down"
         for expert, place in enumerate(grouping.expert_map):

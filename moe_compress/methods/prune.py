@@ -2,7 +2,7 @@
 
 reap     mean over routed tokens of g ||expert_e(x)||            arXiv 2510.13999
 taylor   sum over routed tokens of (d . y)^2                     y output of down, d gradient of the loss there:
-         the squared first-order change of the loss were the expert not there; comparable between layers
+         the squared first-order change of the loss were the expert not there
 frequency, random
 """
 

@@ -64,6 +64,14 @@ class FactorisedSlot:
         dense = [e for e, rank in enumerate(self.ranks) if rank == DENSE]
         self.dense_index = {e: k for k, e in enumerate(dense)}
 
+    def factor_rows(self, expert: int) -> slice:
+        """Where an expert's factors lie in the packed `u` and `v`."""
+        return slice(self.offsets[expert], self.offsets[expert + 1])
+
+    def sparse_rows(self, expert: int) -> slice:
+        """Where an expert's sparse columns lie in the packed `s` and `columns`."""
+        return slice(self.sparse_offsets[expert], self.sparse_offsets[expert + 1])
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor of the slot, by its parameter name."""
         total, rows, columns = self.offsets[-1], self.num_rows, self.num_columns
@@ -221,9 +229,9 @@ class FactorisedExperts(nn.Module):
                 assert dense is not None
                 y = F.linear(x, dense[slot.dense_index[expert]])
             else:
-                rows = slice(slot.offsets[expert], slot.offsets[expert + 1])
+                rows = slot.factor_rows(expert)
                 y = F.linear(x, v[rows]) @ u[rows]
-                sparse = slice(slot.sparse_offsets[expert], slot.sparse_offsets[expert + 1])
+                sparse = slot.sparse_rows(expert)
                 if sparse.stop > sparse.start:
                     columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")[sparse]
                     y = y + x.index_select(1, columns) @ getattr(self, f"{slot.name}_s")[sparse]
@@ -246,10 +254,10 @@ class FactorisedExperts(nn.Module):
                     assert dense is not None
                     weights.append(dense[slot.dense_index[expert]])
                     continue
-                rows = slice(slot.offsets[expert], slot.offsets[expert + 1])
+                rows = slot.factor_rows(expert)
                 weight = u[rows].T @ v[rows]
                 weight = weight if base is None else weight + base
-                sparse = slice(slot.sparse_offsets[expert], slot.sparse_offsets[expert + 1])
+                sparse = slot.sparse_rows(expert)
                 if sparse.stop > sparse.start:
                     columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")[sparse]
                     weight = weight.index_add(1, columns, getattr(self, f"{slot.name}_s")[sparse].T)

@@ -20,7 +20,7 @@ from ..checkpoint.writer import (
     save_index,
 )
 from ..errors import RecipeError
-from ..model.plugin import FORMAT_VERSION, METHOD
+from ..model.plugin import MoECompressConfig
 from ..model.routing import apply_to_json
 from ..progress import Reporter
 from .prepare import Prepared
@@ -36,11 +36,7 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
     output, reader = prepared.recipe.output_path, prepared.reader
     config = apply_to_json(reader.config, prepared.skeleton.model.config, decision.config)
     if decision.layers:
-        config["quantization_config"] = {
-            "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
-            "layers": decision.layers,
-        }
+        config["quantization_config"] = MoECompressConfig(decision.layers).to_dict()
     with reporter.stage("assemble", len(targets)) as stage:
         staging = fresh_staging(output)
         shards = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import torch
 
@@ -23,7 +24,7 @@ MAX_WORKER_LOSSES = 3
 
 
 def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, reporter: Reporter) -> Pending:
-    """Gathers the statistics of every MoE layer; the scheme's analyses start as soon as a layer's are written.
+    """Gathers the statistics of every MoE layer; the scheme's analyses start as soon as a layer's are there.
 
     Raises:
         CalibrationError: activations are not finite, or workers were lost for good; finished work is kept.
@@ -45,7 +46,10 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
     )
     pending: Pending = []
     done = statistics / "done.json"
-    if not done.exists():
+    if done.exists():
+        reporter.say("calibrate: statistics are there already")
+        _analyse([layer.path for layer in statistics_seen(prepared.layers, statistics)], scheme, executor, pending)
+    else:
         for losses in range(MAX_WORKER_LOSSES + 1):
             try:
                 seen = _sweep(setup, scheme, executor, reporter, pending)
@@ -60,8 +64,6 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
                         f" {job.folder}; give the workers more memory and run the job again"
                     ) from lost
         atomic_write(done, json.dumps(sorted(seen)))
-    else:
-        reporter.say("calibrate: statistics are there already")
     layers = statistics_seen(prepared.layers, statistics)
     if not layers:
         raise CalibrationError("no MoE layer saw a token of the calibration text; nothing can be compressed")
@@ -72,6 +74,12 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
     prepared.layers = layers
     report_routing(job, prepared, reporter)
     return pending
+
+
+def _analyse(paths: Iterable[str], scheme: Scheme, executor: Executor, pending: Pending) -> None:
+    """Starts the analyses of layers whose statistics are there."""
+    works = (work for path in paths for work in scheme.analyses(path))
+    pending += [executor.submit(work.unit, *work.args) for work in works]
 
 
 def _sweep(
@@ -120,7 +128,6 @@ def _sweep(
             stage.advance(1, weight[index] / (2 * num_chunks))
             if index in finishing:
                 seen += result
-                works = (work for path in result for work in scheme.analyses(path))
-                pending += [executor.submit(work.unit, *work.args) for work in works]
+                _analyse(result, scheme, executor, pending)
     executor.stop_workers()
     return seen

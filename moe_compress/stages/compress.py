@@ -34,7 +34,7 @@ def compress_layers(
     works = [Work(copy_tensors, (reader.folder, names)) for names in rest.values()] + decision.shards
     targets = [folder / f"model-{i:05d}-of-{len(works):05d}.safetensors" for i in range(1, len(works) + 1)]
     shards = [Work(work.unit, (*work.args, target)) for work, target in zip(works, targets, strict=True)]
-    run_all("compress", shards, [], executor, reporter)
+    run_all("compress", shards, executor, reporter)
     merges = job.folder / MERGES_NAME
     merges.unlink(missing_ok=True)  # another method's, in the same folder
     if decision.diagnostics:

@@ -22,7 +22,7 @@ from ..model.experts import slots_of
 from ..model.merged import MAP_NAME
 from ..progress import Reporter
 from .prepare import Prepared
-from .scheme import Decision, Pending, Work, run_all
+from .scheme import Decision, Pending, Work, wait_for
 from .units import Workplace, decompose_group, factorise_group, spectra_path, write_table
 
 
@@ -68,8 +68,7 @@ class Factorise:
     def decide(self, pending: Pending, executor: Executor, reporter: Reporter) -> Decision:
         """Spends the budget on ranks."""
         layers, options = self.prepared.layers, self.options
-        missing = [] if pending else [work for layer in layers for work in self.analyses(layer.path)]
-        run_all("allocate", missing, pending, executor, reporter)
+        wait_for("allocate", pending, executor, reporter)
         items = [
             entry
             for layer in layers

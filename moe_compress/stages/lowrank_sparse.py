@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ..budget import allocate
+from ..budget import allocate, parameters
 from ..calibration.statistics import LayerStatistics
 from ..calibration.worker import pick_device, statistics_path
 from ..checkpoint.writer import ShardInfo, describe_shard, write_shard
 from ..executor import Executor
-from ..job import Job
 from ..method_options import D2MoE, MCSMoE
-from ..methods.d2moe import GroupProblem, slots
+from ..methods.d2moe import GroupProblem, slots, sums_used
 from ..methods.mcsmoe import choose_columns, column_scores, residual
 from ..methods.merge import Grouping, merge_statistics, merge_weights, shares
 from ..model.discovery import MoELayer
@@ -27,7 +27,6 @@ from ..progress import Reporter
 from .factorise import SlotItem, allocation_table, count_parameters, parameter_names, read_items
 from .merge_units import MergePlace, RouterChange, change_router, read_orders
 from .merging import MergeExperts
-from .prepare import Prepared
 from .scheme import Decision, Pending, Work, run_all
 from .units import open_checkpoint, read_weight, spectra_path, write_spectra, write_table
 
@@ -53,23 +52,35 @@ class SparsePlace:
         return D2MoE(name="d2moe", ranks="full", damping=self.options.damping, min_tokens=self.options.min_tokens)
 
 
-def _merged_problem(place: SparsePlace, path: str, group: Group, grouping: Grouping) -> GroupProblem:
-    merge = place.merge
-    layer, weight = read_weight(merge.checkpoint, path, group)
-    statistics = LayerStatistics.load(layer, statistics_path(merge.statistics, path))
-    orders = read_orders(merge, path, grouping)
-    share_E = shares(statistics, merge.options.weights, group)
-    weight_GMN = merge_weights(layer, group, weight, grouping, share_E, orders)
-    merged_layer, merged = merge_statistics(statistics, grouping, orders)
-    device = pick_device(merge.device)
-    return GroupProblem(merged_layer, group, weight_GMN, merged, place.factorisation, None, device)
+class _MergedGroup:
+    """One group of projections of a layer, its experts merged."""
+
+    def __init__(self, place: SparsePlace, path: str, group: Group, grouping: Grouping) -> None:
+        self.place, self.group, self.grouping = place, group, grouping
+        self.layer, weight = read_weight(place.merge.checkpoint, path, group)
+        factorised = sums_used(place.factorisation, group)
+        used = {*factorised, f"{group}_fisher_columns", "num_tokens", f"{group}_fisher", "saliency_sum"}
+        self.statistics = LayerStatistics.load(self.layer, statistics_path(place.merge.statistics, path), list(used))
+        self.orders = read_orders(place.merge, path, grouping)
+        self.share_E = shares(self.statistics, place.options.weights, group)
+        self.weight_GMN = self.merge(weight)
+
+    def merge(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The means of a canonical tensor of the group: its weights, or its bias."""
+        return merge_weights(self.layer, self.group, tensor, self.grouping, self.share_E, self.orders)
+
+    def problem(self) -> GroupProblem:
+        """The factorisation of the merged experts."""
+        layer, merged = merge_statistics(self.statistics, self.grouping, self.orders)
+        device = pick_device(self.place.merge.device)
+        return GroupProblem(layer, self.group, self.weight_GMN, merged, self.place.factorisation, None, device)
 
 
 def decompose_merged(place: SparsePlace, path: str, group: Group, grouping: Grouping) -> None:
     """Writes the energies of a group of projections of the merged experts."""
     target = spectra_path(place.spectra, path, group)
     if not target.exists():
-        write_spectra(target, _merged_problem(place, path, group, grouping).energies())
+        write_spectra(target, _MergedGroup(place, path, group, grouping).problem().energies())
 
 
 def factorise_merged(
@@ -79,7 +90,7 @@ def factorise_merged(
     target = place.factors / f"{path}.{group}.safetensors"
     if target.exists():
         return
-    problem = _merged_problem(place, path, group, grouping)
+    problem = _MergedGroup(place, path, group, grouping).problem()
     tensors = problem.factors(ranks, problem.weight_EMN.dtype)
     sums = problem.statistics
     for slot in problem.slots:
@@ -119,13 +130,11 @@ def write_sparse(
     """
     if target.exists():
         return describe_shard(target)
-    merge = place.merge
+    checkpoint = place.merge.checkpoint
     tensors: dict[str, torch.Tensor] = {}
     for group in GROUPS:
-        layer, weight = read_weight(merge.checkpoint, path, group)
-        statistics = LayerStatistics.load(layer, statistics_path(merge.statistics, path))
-        orders, share_E = read_orders(merge, path, grouping), shares(statistics, merge.options.weights, group)
-        merged = merge_weights(layer, group, weight, grouping, share_E, orders)
+        merged = _MergedGroup(place, path, group, grouping)
+        layer, weight_GMN = merged.layer, merged.weight_GMN
         factors = load_file(place.factors / f"{path}.{group}.safetensors")
         layouts = {slot.name: slot for slot in slots_of(spec, layer.up_shape[0], *layer.down_shape)}
         for slot in slots(layer, group, place.factorisation):
@@ -136,7 +145,7 @@ def write_sparse(
                 kept = columns[slot.name]
                 tensors[f"{slot.name}_s"] = torch.cat(
                     [
-                        residual(merged[e, slot.rows], factors, layout, e)[:, kept[e]].mT.to(merged.dtype)
+                        residual(weight_GMN[e, slot.rows], factors, layout, e)[:, kept[e]].mT.to(weight_GMN.dtype)
                         for e in range(len(kept))
                         if kept[e]
                     ]
@@ -145,34 +154,32 @@ def write_sparse(
                 tensors[f"{slot.name}{INDEX_SUFFIX}"] = torch.tensor(flat, dtype=torch.int32)
         if layer.has_bias:
             name = bias_name(layer, group)
-            skeleton, _ = open_checkpoint(merge.checkpoint)
+            skeleton, _ = open_checkpoint(checkpoint)
             bias = to_canonical(layer, group, skeleton.take(f"{path}.{name}"))
-            stock = to_stock(layer, group, merge_weights(layer, group, bias, grouping, share_E, orders))
+            stock = to_stock(layer, group, merged.merge(bias))
             names = names | {name: next(iter(skeleton.on_disk({f"{path}.{name}": stock})))}
             tensors[name] = stock
     on_disk = {names[name]: tensor for name, tensor in tensors.items()}
-    return write_shard(target, on_disk | change_router(merge.checkpoint, grouping, router))
+    return write_shard(target, on_disk | change_router(checkpoint, grouping, router))
 
 
 class LowRankSparse(MergeExperts):
     """The scheme of `mcsmoe`."""
 
-    def __init__(self, job: Job, prepared: Prepared, options: MCSMoE) -> None:
-        super().__init__(job, prepared, options)
-        self.sparse = options
+    options: MCSMoE
 
     def analyses(self, path: str) -> list[Work]:
         """As M-SMoE's, if anything is merged at all."""
-        return super().analyses(path) if self.sparse.merge_ratio > 0 else []
+        return super().analyses(path) if self.options.merge_ratio > 0 else []
 
     def decide(self, pending: Pending, executor: Executor, reporter: Reporter) -> Decision:
         """Groups, then ranks, then columns."""
-        layers, options = self.prepared.layers, self.sparse
+        layers, options = self.prepared.layers, self.options
         groupings = self.group(pending, executor, reporter)
         place = self._place(groupings)
         keys = [(layer, group) for layer in layers for group in GROUPS]
         works = [Work(decompose_merged, (place, lay.path, group, groupings[lay.path])) for lay, group in keys]
-        run_all("decompose", works, [], executor, reporter)
+        run_all("decompose", works, executor, reporter)
         items = [
             entry
             for layer, group in keys
@@ -187,11 +194,12 @@ class LowRankSparse(MergeExperts):
         return self._decide(place, groupings, items, ranks, columns)
 
     def _place(self, groupings: dict[str, Grouping]) -> SparsePlace:
+        options = self.options
         who = {path: grouping.leader_of for path, grouping in groupings.items()}
-        how = (self.place.options.weights, self.place.options.align, self.sparse.damping, self.sparse.min_tokens)
+        how = (options.weights, options.align, options.damping, options.min_tokens)
         spectra = self.job.place("spectra", self.prepared.statistics.name, who, how)
-        factors = self.job.place("factors", spectra.name, self.sparse.model_dump(mode="json"))
-        return SparsePlace(self.place, spectra, factors, self.sparse)
+        factors = self.job.place("factors", spectra.name, options.model_dump(mode="json"))
+        return SparsePlace(self.place, spectra, factors, options)
 
     def _columns(
         self,
@@ -211,15 +219,15 @@ class LowRankSparse(MergeExperts):
             Work(factorise_merged, (place, path, group, groupings[path], own))
             for (path, group), own in by_group.items()
         ]
-        run_all("factorise", works, [], executor, reporter)
+        run_all("factorise", works, executor, reporter)
         scores = []
         for path, group in by_group:
-            stored = load_file(place.factors / f"{path}.{group}.safetensors")
-            for name in by_group[path, group]:
-                scores += list(stored[f"{name}_scores"].numpy())
-        spent = allocation_table(items, ranks)["parameters"].to_pylist()
+            with safe_open(place.factors / f"{path}.{group}.safetensors", "pt") as stored:  # the factors stay there
+                for name in by_group[path, group]:
+                    scores += list(stored.get_tensor(f"{name}_scores").numpy())
+        spent = sum(parameters(entry.item, rank) for entry, rank in zip(items, ranks, strict=True))
         costs = [entry.item.num_rows + 1 for entry in items]
-        chosen = choose_columns(scores, costs, budget - sum(spent))
+        chosen = choose_columns(scores, costs, budget - spent)
         return [list(map(int, each)) for each in chosen]
 
     def _decide(

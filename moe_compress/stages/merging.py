@@ -26,7 +26,7 @@ from .merge_units import (
     similarity_path,
 )
 from .prepare import Prepared
-from .scheme import Decision, Pending, Work, run_all
+from .scheme import Decision, Pending, Work, run_all, wait_for
 
 _PAIRS_A_TASK = 4
 """Alignments of one unit: enough to be worth reading the layer for, few enough to keep all workers busy."""
@@ -59,8 +59,7 @@ class MergeExperts(KeepFewer):
     def group(self, pending: Pending, executor: Executor, reporter: Reporter) -> dict[str, Grouping]:
         """Who joins whom in every layer, and the alignments of those that are merged."""
         layers = self.prepared.layers
-        missing = [] if pending else [work for layer in layers for work in self.analyses(layer.path)]
-        run_all("similarity", missing, pending, executor, reporter)
+        wait_for("similarity", pending, executor, reporter)
         name = "saliency_sum" if self.options.grouping == "salient" else "num_tokens"
         scores = [as_array(self.statistics(layer, name)[name]) for layer in layers]
         counts = self.counts()
@@ -68,7 +67,7 @@ class MergeExperts(KeepFewer):
             layer.path: self._group_layer(i, layer, count, score)
             for i, (layer, count, score) in enumerate(zip(layers, counts, scores, strict=True))
         }
-        run_all("align", self._alignments(groupings), [], executor, reporter)
+        run_all("align", self._alignments(groupings), executor, reporter)
         return groupings
 
     def decide(self, pending: Pending, executor: Executor, reporter: Reporter) -> Decision:
@@ -88,13 +87,14 @@ class MergeExperts(KeepFewer):
             return Grouping(tuple(range(count)))
         similarity = self._similarity(index, layer)
         options = self.options
-        if options.grouping == "hierarchical":
-            return Grouping(tuple(map(int, cluster_experts(similarity, count, score_E))))
         dominant = dominant_experts(score_E, count, self.router_groups())
-        if options.grouping == "salient":
-            size = options.max_group or layer.num_experts - count + 1
-            return Grouping(tuple(map(int, join_in_turn(similarity, dominant, score_E, size))))
-        return Grouping(tuple(map(int, join_dominant(similarity, dominant, options.max_group))))
+        if options.grouping == "hierarchical":
+            leaders = cluster_experts(similarity, count, score_E)
+        elif options.grouping == "salient":
+            leaders = join_in_turn(similarity, dominant, score_E, options.max_group or layer.num_experts - count + 1)
+        else:
+            leaders = join_dominant(similarity, dominant, options.max_group)
+        return Grouping(tuple(leaders.tolist()))
 
     def _similarity(self, index: int, layer: MoELayer) -> Floats:
         kind = self.options.similarity

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from ..executor import Executor
-from ..job import Job
 from ..method_options import Prune
 from ..methods.grouping import dominant_experts
 from ..methods.merge import LEFT_OUT, Grouping
@@ -13,16 +12,13 @@ from ..methods.prune import pruning_scores
 from ..progress import Reporter
 from .fewer import KeepFewer
 from .merge_units import prune_layer
-from .prepare import Prepared
 from .scheme import Decision, Pending, Work
 
 
 class PruneExperts(KeepFewer):
     """The scheme of `prune`."""
 
-    def __init__(self, job: Job, prepared: Prepared, options: Prune) -> None:
-        super().__init__(job, prepared, options)
-        self.pruning = options
+    options: Prune
 
     def analyses(self, path: str) -> list[Work]:
         """None: the statistics say it all."""
@@ -30,7 +26,7 @@ class PruneExperts(KeepFewer):
 
     def decide(self, pending: Pending, executor: Executor, reporter: Reporter) -> Decision:
         """Chooses who stays."""
-        layers, options = self.prepared.layers, self.pruning
+        layers, options = self.prepared.layers, self.options
         statistics = [self.statistics(layer, "num_tokens", "saliency_sum", "taylor_sum") for layer in layers]
         scores = [pruning_scores(sums, options, index) for index, sums in enumerate(statistics)]
         counts = self.counts()

@@ -46,22 +46,26 @@ class Decision:
 
 
 Pending = list[Ref]
-"""Analyses under way since their layer's statistics were written."""
+"""Analyses of all layers, under way since their statistics were there."""
 
 
 class Scheme(Protocol):
     """One method applied to one checkpoint."""
 
     def analyses(self, path: str) -> list[Work]:
-        """Units that may run as soon as the statistics of the experts at `path` are there; done ones left out."""
+        """Units that run as soon as the statistics of the experts at `path` are there; done ones left out."""
 
     def decide(self, pending: Pending, executor: Executor, reporter: Reporter) -> Decision:
-        """Waits for the analyses, also those that no sweep of this run has started, and decides."""
+        """Waits for the analyses and decides."""
 
 
-def run_all(name: str, works: Iterable[Work], pending: Pending, executor: Executor, reporter: Reporter) -> None:
-    """Runs units side by side under a progress line, those already under way among them."""
-    refs = [*pending, *(executor.submit(work.unit, *work.args) for work in works)]
+def run_all(name: str, works: Iterable[Work], executor: Executor, reporter: Reporter) -> None:
+    """Runs units side by side under a progress line."""
+    wait_for(name, [executor.submit(work.unit, *work.args) for work in works], executor, reporter)
+
+
+def wait_for(name: str, refs: list[Ref], executor: Executor, reporter: Reporter) -> None:
+    """Waits under a progress line for units that are under way."""
     with reporter.stage(name, len(refs)) as stage:
         for _ in executor.results(refs):
             stage.advance()

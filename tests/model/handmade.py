@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_compress.checkpoint import CheckpointReader, write_shard
 from moe_compress.model.discovery import MoELayer
 from moe_compress.model.merged import MAP_NAME
-from moe_compress.model.plugin import FORMAT_VERSION, METHOD
+from moe_compress.model.plugin import MoECompressConfig
 from moe_compress.model.routing import apply_to_json, resize_experts
 from moe_compress.model.skeleton import Skeleton
 from tests.tiny_models import auto_class, token_ids
@@ -82,11 +82,7 @@ class Handmade:
         write_shard(folder / "model.safetensors", tensors)
         config = apply_to_json(reader.config, self.skeleton.model.config, self._config)
         if self._layers:
-            config["quantization_config"] = {
-                "quant_method": METHOD,
-                "format_version": FORMAT_VERSION,
-                "layers": self._layers,
-            }
+            config["quantization_config"] = MoECompressConfig(self._layers).to_dict()
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
