@@ -19,7 +19,7 @@ from moe_compress.evaluation.agreement import Scores, merge_scores
 from moe_compress.executor import Executor, InProcess
 from moe_compress.job import Job
 from moe_compress.memory import PeakMemory
-from moe_compress.model.skeleton import load_config
+from moe_compress.model.architecture import load_config
 from moe_compress.pipeline import compress
 from moe_compress.progress import Reporter
 from moe_compress.recipe import Cluster, Evaluation, Recipe, parse_part

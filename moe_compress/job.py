@@ -24,7 +24,7 @@ from .checkpoint.writer import atomic_write
 from .errors import MoECompressError, RecipeError
 from .recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
 """Part of every digest: raised when a change of the code changes what an artifact means."""
 
 

@@ -196,7 +196,8 @@ def test_figures_of_mixtral_by_hand(mixtral_layout: Path) -> None:
     layer = 8 * 3 * 4096 * 14336 + 2 * (4096 * 4096 + 4096 * 1024) + 8 * 4096 + 2 * 4096
     assert worker["resident layers"] == 2 * layer
     assert worker["embeddings and head"] == 2 * (2 * 32000 * 4096 + 4096)
-    grams = 4 * 8 * (2 * 4096**2 + 28672 + 2 * 4096**2 + 4096**2)  # up by its input, down by its output
+    packed = 4096 * (4096 + 256) // 2
+    grams = 4 * 8 * (5 * packed + 28672)  # up by its input, down by its output
     vectors = 4 * 8 * (2 * 4096 + 14336) + 8 * 8**2
     sampled = 1024 * (2 * 4096 + 2 * (2 + 8))
     assert worker["statistics"] == grams + vectors + sampled

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ..checkpoint.writer import write_shard
 from ..errors import CalibrationError
+from ..linalg.packed import packed_size, strips, unpack
 from ..model.discovery import MoELayer
 from ..model.grouped import TILE_ROWS
 from ..model.observer import RoutedTokens
@@ -48,8 +49,8 @@ _GROUP_ELEMENTS = 2**20
 _CACHED_ROWS = 128
 """Rows at a time of what is done between two products."""
 
-_STRIP_COLUMNS, _STRIP_ROWS = 256, 128
-"""Width of the strips that Grams are made of: wide enough for a fast product, few elements above the diagonal."""
+_STRIP_ROWS = 128
+"""Tokens of the strips that the products between the tokens of a sequence are made of."""
 
 
 SAMPLED = ("sample_hidden", "sample_index", "sample_weights", "sample_logits")
@@ -72,23 +73,27 @@ def down_side(layer: MoELayer) -> Side:
     return "input" if columns <= rows else "output"
 
 
-def gram_shapes(layer: MoELayer, full: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of the matrix sums of a layer; what calibration holds in memory for it besides vectors."""
-    E, (M, D), F = layer.num_experts, layer.up_shape, layer.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, side, num_out, num_in in (
-        ("up", up_side(layer), M, D),
-        ("down", down_side(layer), D, F),
-    ):
-        width = num_in if side == "input" else num_out
-        shapes[f"{name}_{side}_gram"] = shapes[f"{name}_{side}_loss_gram"] = (E, width, width)
+def gram_shapes(layer: MoELayer, full: bool) -> dict[str, tuple[int, int]]:
+    """Shapes of the sums that are Grams, packed, or diagonals: what calibration holds for a layer besides vectors."""
+    names: list[str] = []
+    for name, side in (("up", up_side(layer)), ("down", down_side(layer))):
+        names += [f"{name}_{side}_gram", f"{name}_{side}_loss_gram"]
         if full and side == "output":
-            shapes[f"{name}_input_gram"] = shapes[f"{name}_input_loss_gram"] = (E, num_in, num_in)
-        if side == "output":
-            shapes[f"{name}_grad_gram"] = (E, num_out, num_out)
-        else:
-            shapes[f"{name}_grad_diagonal"] = (E, num_out)
-    return shapes
+            names += [f"{name}_input_gram", f"{name}_input_loss_gram"]
+        names.append(f"{name}_grad_gram" if side == "output" else f"{name}_grad_diagonal")
+    widths = {name: gram_width(layer, name) for name in names}
+    return {name: (layer.num_experts, packed_size(width) if is_gram(name) else width) for name, width in widths.items()}
+
+
+def is_gram(name: str) -> bool:
+    """Whether a sum is a packed Gram of each expert."""
+    return name.endswith("_gram") and name != "router_gram"
+
+
+def gram_width(layer: MoELayer, name: str) -> int:
+    """N of a Gram, or of the diagonal of one."""
+    rows, columns = layer.up_shape if name.startswith("up") else layer.down_shape
+    return columns if "_input_" in name else rows
 
 
 class LayerStatistics:
@@ -101,7 +106,7 @@ class LayerStatistics:
         sample_stride: every so-many-th token is kept whole, for comparing experts on the same tokens.
 
     Attributes:
-        tensors: the sums by name; see the head of this file.
+        tensors: the sums by name; see the head of this file. Grams are packed: `gram` gives them whole.
     """
 
     def __init__(self, layer: MoELayer, full: bool, device: str | torch.device = "cpu", sample_stride: int = 1) -> None:
@@ -137,6 +142,10 @@ class LayerStatistics:
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
+
+    def gram(self, name: str, experts: slice = slice(None)) -> Tensor:
+        """(n, N, N) fp32 a Gram of some experts, whole."""
+        return unpack(self.tensors[name][experts], gram_width(self.layer, name))
 
     def update(self, seen: RoutedTokens, num_sequences: int, sequence_length: int) -> None:
         """Adds one micro-batch of `num_sequences` sequences, flattened to num_sequences * sequence_length tokens.
@@ -196,12 +205,12 @@ class LayerStatistics:
     ) -> None:
         summed = {"input": z_SN, "output": out_SM, "grad": d_SM}
         for side, rows_SN in summed.items():
-            gram_ENN = self.tensors.get(f"{name}_{side}_gram")
-            if gram_ENN is None:
+            gram_EP = self.tensors.get(f"{name}_{side}_gram")
+            if gram_EP is None:
                 continue
-            loss_gram_ENN = self.tensors.get(f"{name}_{side}_loss_gram")
+            loss_gram_EP = self.tensors.get(f"{name}_{side}_loss_gram")
             half, most = _takes_half(rows_SN), max(1, *sizes)
-            num_buffers = 1 if loss_gram_ENN is None else 3 if half else 2
+            num_buffers = 1 if loss_gram_EP is None else 3 if half else 2
             shape = num_buffers, min(most, TILE_ROWS) if rows_SN.is_cpu else most, rows_SN.shape[1]
             buffers = rows_SN.new_empty(shape, dtype=torch.float32)
             experts = zip(rows_SN.split(sizes), power_S1.split(sizes), strict=True)
@@ -210,10 +219,10 @@ class LayerStatistics:
                 for tile, power in tiles:
                     rows, *weighted = _weighted(tile, power, buffers)
                     with _half_products(tile.is_cuda, half):
-                        _add_gram(gram_ENN[expert], rows, rows)
-                        if loss_gram_ENN is not None:
+                        _add_gram(gram_EP[expert], rows, rows)
+                        if loss_gram_EP is not None:
                             for part in weighted:
-                                _add_gram(loss_gram_ENN[expert], part, rows)
+                                _add_gram(loss_gram_EP[expert], part, rows)
 
     def _add_fisher(self, name: str, z_SN: Tensor, d_SM: Tensor, starts_EQ: Tensor, lengths_EQ: Tensor) -> Tensor:
         """Adds what is summed sequence by sequence; (S, 1) fp32 squared norms of the rows of d."""
@@ -247,17 +256,9 @@ class LayerStatistics:
             else:
                 tensor += other.tensors[name]
 
-    def complete(self) -> None:
-        """Mirrors the Grams, which grow as lower triangles, and lays the sampled tokens end to end."""
-        for name in gram_shapes(self.layer, self.full):
-            if name.endswith("_gram"):
-                for gram_NN in self.tensors[name]:
-                    gram_NN.copy_(gram_NN.tril() + gram_NN.tril(-1).T)
-        self.tensors |= {name: torch.cat(rows) for name, rows in self._sample.items() if rows}
-
     def save(self, path: Path) -> None:
-        """Completes the sums and writes them as safetensors, atomically."""
-        self.complete()
+        """Lays the sampled tokens end to end and writes all sums as safetensors, atomically."""
+        self.tensors |= {name: torch.cat(rows) for name, rows in self._sample.items() if rows}
         write_shard(path, {name: t.cpu() for name, t in self.tensors.items()})
 
     @classmethod
@@ -311,11 +312,10 @@ def _weighted(rows_SN: Tensor, weight_S1: Tensor, buffers_BSN: Tensor) -> list[T
     return filled
 
 
-def _add_gram(gram_NN: Tensor, left_SN: Tensor, right_SN: Tensor) -> None:
-    """Adds left^T right to the strips left of and on the diagonal; `complete` mirrors them."""
-    for start in range(0, len(gram_NN), _STRIP_COLUMNS):
-        stop = start + _STRIP_COLUMNS
-        gram_NN[start:stop, :stop].addmm_(left_SN[:, start:stop].T, right_SN[:, :stop])
+def _add_gram(gram_P: Tensor, left_SN: Tensor, right_SN: Tensor) -> None:
+    """Adds left^T right, which is symmetric, to a packed matrix."""
+    for rows, strip in strips(gram_P, left_SN.shape[1]):
+        strip.addmm_(left_SN[:, rows].T, right_SN[:, : rows.stop])
 
 
 def _fisher_columns(z_GLN: Tensor, d_GLM: Tensor, half: bool) -> tuple[Tensor, Tensor]:

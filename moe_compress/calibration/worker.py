@@ -32,6 +32,7 @@ from ..model.streamer import (
     sampled_nll,
     summed_nll,
 )
+from ..process import give_back
 from .activations import ActivationStore
 from .statistics import SAMPLE_TOKENS, LayerStatistics
 from .text import TokenBatch
@@ -138,6 +139,7 @@ class LayerWorker:
     def backward(self, chunk: int, batch: int, grad: Tensor | None) -> Tensor | None:
         """Recomputes one chunk on one micro-batch, gathers its statistics, gives the gradient of its input."""
         self._enter(chunk, chunk - self.setup.num_workers)
+        give_back()
         if grad is None:
             grad = self.store.pop(("grad", batch))
         for call in reversed(self._calls(self._trace(batch), chunk)):
@@ -194,6 +196,7 @@ class LayerWorker:
         if self._loaded is not None:
             for name in self.chunks[self._loaded]:
                 self.skeleton.drop(name)
+            give_back()
         for name in self.chunks[chunk]:
             self.skeleton.load(name)
         self._loaded = chunk

@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,12 @@ class TensorEntry:
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         return self.read()[key]
+
+    def rows(self, rows: range) -> TensorEntry:
+        """The entry of some rows of this tensor, one after the other."""
+        row_bytes = self.num_bytes // self.shape[0]
+        offset, num_bytes = self.offset + rows.start * row_bytes, len(rows) * row_bytes
+        return replace(self, shape=(len(rows), *self.shape[1:]), offset=offset, num_bytes=num_bytes)
 
     def read(self) -> torch.Tensor:
         """Reads the tensor into fresh memory of exactly `num_bytes`.

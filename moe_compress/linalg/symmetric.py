@@ -1,14 +1,14 @@
 """Covariances made usable: damping, shrinkage of rare experts, products, roots, eigenpairs.
 
     damp         A + relative * mean(diag A) * I
-    shrink_rare  A_e' = max(n_e, 1) * (A_e + k_e M) / (n_e + k_e),    M = sum_e A_e / sum_e n_e,
+    shrink_rare  A_e' = max(n_e, 1) * (A_e + k_e M) / (n_e + k_e),    M the covariance expected of a token,
                  k_e = floor where n_e < floor, else 0
     root         S = Q L^1/2,  S^-1 = L^-1/2 Q^T,    A = Q L Q^T
 
 A_e sums x x^T over the n_e tokens of expert e. `shrink_rare` is the posterior mean of the per-token
-covariance under a prior worth `floor` tokens of the layer's mean M, multiplied back by the tokens
+covariance under a prior worth `floor` tokens of M, multiplied back by the tokens
 really seen: the unit stays, so a rare expert gains the directions it lacked but no weight in a
-budget that compares experts. An expert that saw no token gets the mean covariance of one.
+budget that compares experts. An expert that saw no token gets M.
 
 Any S with S S^T = A whitens as well as the symmetric root Q L^1/2 Q^T does, and saves two products.
 Unlike a Cholesky factor it exists for singular A, and its inverse costs nothing.
@@ -48,29 +48,21 @@ def damp(gram_ENN: Tensor, relative: float) -> Tensor:
     return damped_ENN
 
 
-def shrink_rare(gram_ENN: Tensor, num_tokens_E: Tensor, floor: int) -> Tensor:
-    """Pull the covariance of experts with under `floor` tokens towards the layer's mean.
+def shrink_rare(gram_ENN: Tensor, num_tokens_E: Tensor, floor: int, prior_NN: Tensor) -> Tensor:
+    """Pull the covariance of experts with under `floor` tokens towards what is expected of a token.
 
     Args:
         gram_ENN: sum of x x^T over the tokens of each expert, (E, N, N), floating.
         num_tokens_E: tokens summed, (E,), any real dtype.
         floor: tokens; experts with fewer are shrunk, the others come back unchanged.
+        prior_NN: covariance of one token, such as the layer's mean, (N, N), or (E, N, N) where each has its own.
 
     Returns:
-        (E, N, N), unit of the input: sums over max(num_tokens, 1) tokens. Where no expert saw a
-        token the mean is taken to be the identity.
+        (E, N, N), unit of the input: sums over max(num_tokens, 1) tokens.
     """
-    rare = (num_tokens_E < floor).nonzero().flatten().tolist()
-    if not rare:
-        return gram_ENN
-    total = num_tokens_E.sum().to(gram_ENN)
-    identity_NN = torch.eye(gram_ENN.shape[-1], dtype=gram_ENN.dtype, device=gram_ENN.device)
-    prior_NN = floor * torch.where(total > 0, gram_ENN.sum(0) / total.clamp_min(1), identity_NN)
-    shrunk_ENN = gram_ENN.clone()
-    for expert in rare:
-        seen = num_tokens_E[expert].to(gram_ENN)
-        shrunk_ENN[expert].add_(prior_NN).mul_(seen.clamp_min(1) / (seen + floor))
-    return shrunk_ENN
+    seen_E11 = num_tokens_E.to(gram_ENN)[:, None, None]
+    shrunk_ENN = torch.add(gram_ENN, prior_NN, alpha=floor).mul_(seen_E11.clamp_min(1) / (seen_E11 + floor))
+    return torch.where(seen_E11 < floor, shrunk_ENN, gram_ENN)
 
 
 def symmetric_product(a_EKN: Tensor, b_EKN: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group, channel_index
 from ..model.experts import FactorisedSlot
+from ..model.stored_experts import StoredExperts
 from .merge import align_expert
 
 
@@ -92,7 +94,7 @@ class GroupProblem:
     Args:
         layer: the layer.
         group: `up` (gate and up) or `down`.
-        weight_EMN: the group's experts in canonical layout, any floating dtype.
+        weight_EMN: the group's experts in canonical layout, any floating dtype; read a block at a time.
         statistics: what the layer saw.
         options: the recipe's method.
         permutations_EF: channel orders from `channel_alignment`, or None.
@@ -106,7 +108,7 @@ class GroupProblem:
         self,
         layer: MoELayer,
         group: Group,
-        weight_EMN: Tensor,
+        weight_EMN: Tensor | StoredExperts,
         statistics: LayerStatistics,
         options: D2MoE,
         permutations_EF: Tensor | None = None,
@@ -119,17 +121,15 @@ class GroupProblem:
         self._order_EC = (
             None if permutations_EF is None else channel_index(layer, group, permutations_EF.to(self.device))
         )
-        self._gram_EKK, self._of_output = self._covariance()
+        self._gram_name, self._of_output = self._covariance()
         self.base_MN = self._base()
 
     def energies(self) -> dict[str, Tensor]:
         """(E, K) squared singular values of each slot's weighted problem, descending, fp32 on the CPU."""
         rows: dict[str, list[Tensor]] = {slot.name: [] for slot in self.slots}
         for block in self._blocks():
-            delta, root = self._delta(self._weight(block)), self._root(block)
-            for slot in self.slots:
-                gram = self._problem(slot, delta, root, block)
-                rows[slot.name].append(spectrum(gram).energy_EK.cpu())
+            for name, energy_EK in self._energies(block).items():
+                rows[name].append(energy_EK.cpu())
         return {name: torch.cat(parts) for name, parts in rows.items()}
 
     def factors(self, ranks: dict[str, list[int]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -148,23 +148,31 @@ class GroupProblem:
             for expert, place in layout.dense_index.items():
                 out[f"{slot.name}_dense"][place] = self._weight(slice(expert, expert + 1))[0, slot.rows]
         for block in self._blocks():
-            wanted = {name: [max(rank, 0) for rank in each[block]] for name, each in ranks.items()}
-            if not any(map(any, wanted.values())):
-                continue  # whole matrices and empty factors need no decomposition
-            delta, root = self._delta(self._weight(block)), self._root(block)
-            for slot, layout in zip(self.slots, layouts, strict=True):
-                part = delta[:, slot.rows]
-                if root is not None:
-                    pairs = factorise_right(part, root, wanted[slot.name])
-                else:
-                    pairs = factorise_left(part, self._problem(slot, delta, root, block), wanted[slot.name])
-                for expert, (u, v) in enumerate(pairs, block.start):
-                    rows = layout.factor_rows(expert)
-                    out[f"{slot.name}_u"][rows] = u.mT
-                    out[f"{slot.name}_v"][rows] = v
+            self._factorise(block, layouts, out)
         return out
 
     # --- internals -----------------------------------------------------------------------------------------
+
+    def _energies(self, block: slice) -> dict[str, Tensor]:
+        delta, root = self._delta(self._weight(block)), self._root(block)
+        return {slot.name: spectrum(self._problem(slot, delta, root, block)).energy_EK for slot in self.slots}
+
+    def _factorise(self, block: slice, layouts: list[FactorisedSlot], out: dict[str, Tensor]) -> None:
+        """Writes the factors of some experts where they belong."""
+        wanted = [[max(rank, 0) for rank in layout.ranks[block]] for layout in layouts]
+        if not any(map(any, wanted)):
+            return  # whole matrices and empty factors need no decomposition
+        delta, root = self._delta(self._weight(block)), self._root(block)
+        for slot, layout, ranks in zip(self.slots, layouts, wanted, strict=True):
+            part = delta[:, slot.rows]
+            if root is not None:
+                pairs = factorise_right(part, root, ranks)
+            else:
+                pairs = factorise_left(part, self._problem(slot, delta, root, block), ranks)
+            for expert, (u, v) in enumerate(pairs, block.start):
+                rows = layout.factor_rows(expert)
+                out[f"{slot.name}_u"][rows] = u.mT
+                out[f"{slot.name}_v"][rows] = v
 
     def _blocks(self) -> Iterator[slice]:
         """Experts to work on at once: LAPACK gains nothing from a batch, a GPU does."""
@@ -190,7 +198,7 @@ class GroupProblem:
         """Root of the input covariance, where the input side of the slots, all of one shape, is the smaller one."""
         if self.slots[0].num_rows < self.slots[0].num_columns:
             return None
-        return InputRoot.from_gram(self._gram_EKK[block], self.options.damping)
+        return InputRoot.from_gram(self._gram(block), self.options.damping)
 
     def _problem(self, slot: Slot, delta_EMN: Tensor, root: InputRoot | None, block: slice) -> Tensor:
         """The small symmetric matrices whose eigenvectors solve a slot's problem."""
@@ -198,17 +206,16 @@ class GroupProblem:
         if root is not None:
             return right_gram(part, root)
         if self._of_output:
-            return self._gram_EKK[block][:, slot.rows, slot.rows]
-        return left_gram(part, self._gram_EKK[block])
+            return self._gram(block)[:, slot.rows, slot.rows]
+        return left_gram(part, self._gram(block))
 
-    def _covariance(self) -> tuple[Tensor, bool]:
-        """The covariance the error is weighted with, and whether it is that of the outputs themselves.
+    def _covariance(self) -> tuple[str, bool]:
+        """Name of the covariance that the error is weighted with, and whether it is that of the outputs themselves.
 
         The covariance of the outputs W_e x is that of the problem only where there is no base.
         """
-        E, N = self.weight_EMN.shape[0], self.weight_EMN.shape[2]
         if self.options.weighting == "none":
-            return torch.eye(N, device=self.device).expand(E, N, N), False
+            return "", False
         side = up_side(self.layer) if self.group == "up" else down_side(self.layer)
         of_output = side == "output" and self.options.base == "none"
         weighted = ["loss"] if self.options.weighting == "loss" else []
@@ -217,43 +224,64 @@ class GroupProblem:
             raise CompressionError(
                 f"{self.layer.path}: statistics lack {name}; run with calibration.full_covariance: always"
             )
-        gram = self.statistics[name].to(self.device)
-        if self._order_EC is not None and self.group == ("up" if of_output else "down"):
-            gram = gram.gather(1, self._order_EC[:, :, None].expand_as(gram))
-            gram = gram.gather(2, self._order_EC[:, None, :].expand_as(gram))
-        num_tokens = self.statistics["num_tokens"].to(self.device)
-        if of_output:
-            return self._shrink_rare_outputs(gram, num_tokens), True
-        return shrink_rare(gram, num_tokens, self.options.min_tokens), False
+        return name, of_output
 
-    def _shrink_rare_outputs(self, gram_EMM: Tensor, num_tokens_E: Tensor) -> Tensor:
-        """`shrink_rare` for covariances of outputs, towards those that white inputs would have: s W_e W_e^T a token.
+    def _gram(self, block: slice) -> Tensor:
+        """(block, K, K) fp32 covariances that the error is weighted with, those of rare experts shrunk."""
+        if not self._gram_name:
+            size = self.weight_EMN.shape[2]
+            return torch.eye(size, device=self.device).expand(
+                len(range(*block.indices(self.layer.num_experts))), -1, -1
+            )
+        num_tokens, floor = self.statistics["num_tokens"][block].to(self.device), self.options.min_tokens
+        gram = self._seen_gram(block)
+        if not bool((num_tokens < floor).any()):
+            return gram
+        if not self._of_output:
+            return shrink_rare(gram, num_tokens, floor, self._mean_gram)
+        # What other experts put out says nothing of the directions of this one; white inputs do.
+        weight = self._weight(block)
+        prior = self._white_energy * symmetric_product(weight.mT, weight.mT)
+        return shrink_rare(gram, num_tokens, floor, prior)
 
-        What other experts put out says nothing of the directions of this one. s = sum_e tr A_e / sum_e n_e ||W_e||^2
-        gives the layer's tokens the energy that they had.
-        """
-        floor = self.options.min_tokens
-        rare = (num_tokens_E < floor).nonzero().flatten().tolist()
-        if not rare:
-            return gram_EMM
-        norm_E = torch.cat([self._weight(block).square().sum((1, 2)) for block in self._blocks()])
-        white = (num_tokens_E * norm_E).sum()
-        scale = torch.where(white > 0, gram_EMM.diagonal(dim1=1, dim2=2).sum() / white, 1)
-        shrunk_EMM = gram_EMM.clone()
-        for expert in rare:
-            weight_NM = self._weight(slice(expert, expert + 1))[0].mT
-            prior_MM = floor * scale * symmetric_product(weight_NM, weight_NM)
-            seen = num_tokens_E[expert]
-            shrunk_EMM[expert] = (gram_EMM[expert] + prior_MM) * (seen.clamp_min(1) / (seen + floor))
-        return shrunk_EMM
+    def _seen_gram(self, block: slice) -> Tensor:
+        """(block, K, K) the covariances as they were summed, channels in aligned order."""
+        gram = self.statistics.gram(self._gram_name, block).to(self.device)
+        if self._order_EC is not None and self.group == ("up" if self._of_output else "down"):
+            order = self._order_EC[block]
+            gram = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
+        return gram
+
+    @cached_property
+    def _mean_gram(self) -> Tensor:
+        """(K, K) covariance of one token of the layer."""
+        total = torch.stack([self._seen_gram(block).sum(0) for block in self._blocks()]).sum(0)
+        num_tokens = int(self.statistics["num_tokens"].sum())
+        return total / num_tokens if num_tokens else torch.eye(len(total), device=self.device)
+
+    @cached_property
+    def _white_energy(self) -> float:
+        """s for which white inputs, of outputs s W_e W_e^T a token, would put out the energy that the layer's did."""
+        energy = white = 0.0
+        for block in self._blocks():
+            num_tokens = self.statistics["num_tokens"][block].to(self.device)
+            energy += float(self._seen_gram(block).diagonal(dim1=1, dim2=2).sum())
+            white += float((num_tokens * self._weight(block).square().sum((1, 2))).sum())
+        return energy / white if white > 0 else 1.0
 
     def _base(self) -> Tensor | None:
         kind = self.options.base
         if kind == "none":
             return None
         if kind == "closed_form":
-            total = damp(self._gram_EKK.sum(0), max(self.options.damping, 1e-6))
-            return torch.linalg.solve(total, self._sum("emn,enk->mk", self._gram_EKK), left=False)
+            num_rows, num_columns = self.weight_EMN.shape[1:]
+            total = torch.zeros(num_columns, num_columns, device=self.device)
+            weighted = torch.zeros(num_rows, num_columns, device=self.device)
+            for block in self._blocks():
+                gram = self._gram(block)
+                total += gram.sum(0)
+                weighted += (self._weight(block) @ gram).sum(0)
+            return torch.linalg.solve(damp(total, max(self.options.damping, 1e-6)), weighted, left=False)
         frequency = self.statistics["num_tokens"].double()
         fisher = self.statistics[f"{self.group}_fisher"]
         share_E = {
@@ -264,14 +292,11 @@ class GroupProblem:
         }[kind]
         if float(share_E.sum()) == 0:  # a layer the text never reached: all experts alike
             share_E = torch.ones_like(share_E)
-        return self._sum("emn,e->mn", (share_E / share_E.sum()).to(self.device, torch.float32))
-
-    def _sum(self, product: str, factor_E: Tensor) -> Tensor:
-        """(M, N) sum over the experts of their weights times a factor, by an einsum."""
-        total = torch.zeros(self.weight_EMN.shape[1:], device=self.device)
+        share_E = (share_E / share_E.sum()).to(self.device, torch.float32)
+        base = torch.zeros(self.weight_EMN.shape[1:], device=self.device)
         for block in self._blocks():
-            total += torch.einsum(product, self._weight(block), factor_E[block])
-        return total
+            base += torch.einsum("emn,e->mn", self._weight(block), share_E[block])
+        return base
 
 
 def channel_alignment(layer: MoELayer, up_EMD: Tensor, down_EDF: Tensor, statistics: LayerStatistics) -> Tensor:

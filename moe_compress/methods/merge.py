@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..calibration.statistics import LayerStatistics, gram_shapes
+from ..calibration.statistics import LayerStatistics, gram_shapes, is_gram
 from ..linalg.alignment import ExpertWeights, match_channels
 from ..linalg.alignment import align as align_weights
+from ..linalg.packed import pack
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, channel_axis, channel_index
 
@@ -134,8 +135,11 @@ def merge_statistics(
         for expert, place in enumerate(grouping.expert_map):
             own = statistics[name][expert]
             if expert in orders and _is_of_channels(name):
-                for axis in range(own.dim()):
-                    own = own.index_select(axis, channel_index(layer, group, orders[expert]))
+                index = channel_index(layer, group, orders[expert])
+                if is_gram(name):
+                    own = pack(statistics.gram(name, slice(expert, expert + 1))[0, index[:, None], index])
+                else:
+                    own = own[index]
             total[place] += own
         tensors[name] = total
     return merged_layer, LayerStatistics.of(merged_layer, tensors, statistics.full)

@@ -12,13 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -37,8 +35,9 @@ from transformers.utils import logging as hf_logging
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.shard import TensorEntry
 from ..errors import CheckpointError, CompressionError
+from .architecture import load_config, majority_dtype, model_class_of
 from .discovery import MoELayer, find_moe_layers
-from .plugin import METHOD, guard_of, guard_renaming
+from .plugin import guard_of, guard_renaming
 from .switch import contract_conversions, put_on_contract
 
 ROOT = ""
@@ -86,11 +85,11 @@ class Skeleton:
         self.device = torch.device(device)
         config = load_config(reader)
         source_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
-        self.dtype = dtype or source_dtype or _majority_dtype(reader)
+        self.dtype = dtype or source_dtype or majority_dtype(reader)
         self.quantizer = None
         if getattr(config, "quantization_config", None) is not None:
             self.quantizer, config, _ = get_hf_quantizer(config, None, None, True, {})
-        model_class = _model_class(config)
+        model_class = model_class_of(config)
         with torch.device("meta"), local_torch_dtype(self.dtype, model_class.__name__):
             self.model: PreTrainedModel = model_class(config)
         put_on_contract(self.model)
@@ -281,14 +280,42 @@ class Skeleton:
         self._fill_buffers(module)
         return module
 
-    def take(self, name: str) -> torch.Tensor:
-        """Loads one parameter and hands it over: the skeleton keeps nothing of it."""
-        self._load([name])
+    def take(self, name: str, experts: range | None = None) -> torch.Tensor:
+        """Loads one parameter and hands it over: the skeleton keeps nothing of it.
+
+        Args:
+            name: the parameter.
+            experts: which of its experts, one after the other, if it is one of an experts module; None for all.
+        """
         parent, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(parent)
-        tensor: torch.Tensor = getattr(module, leaf).detach()
-        setattr(module, leaf, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
-        return tensor
+        whole: torch.Tensor = getattr(module, leaf)
+        some = None if experts is None else self._rows_on_disk(name, experts)
+        try:
+            if experts is not None and some:
+                shape = len(experts), *whole.shape[1:]
+                setattr(module, leaf, nn.Parameter(whole.new_empty(shape), requires_grad=False))
+            self._load_group([name], some)
+            tensor: torch.Tensor = getattr(module, leaf).detach()
+        finally:
+            setattr(module, leaf, nn.Parameter(torch.empty_like(whole, device="meta"), requires_grad=False))
+        return tensor if experts is None or some else tensor[experts.start : experts.stop]
+
+    def keeps_apart(self, name: str) -> bool:
+        """Whether some experts of a fused parameter can be read without the rest."""
+        return bool(self._rows_on_disk(name, range(1)))
+
+    def _rows_on_disk(self, name: str, rows: range) -> dict[str, TensorEntry]:
+        """What some experts of a fused parameter are made of; nothing where they cannot be told apart."""
+        entries = [self.reader.entries[source] for source in self.targets[name]]
+        num_experts = self.model.get_parameter(name).shape[0]
+        if len(entries) == 1:
+            return {entries[0].name: entries[0].rows(rows)} if entries[0].shape[0] == num_experts else {}
+        numbers = zip(*(re.findall(r"\d+", entry.name) for entry in entries), strict=True)
+        by_expert = [column for column in numbers if {*map(int, column)} == {*range(num_experts)}]
+        if len(by_expert) != 1 or name in self._siblings:
+            return {}
+        return {entry.name: entry for entry, expert in zip(entries, by_expert[0], strict=True) if int(expert) in rows}
 
     def drop(self, module_path: str) -> None:
         """Gives the memory of a loaded module back."""
@@ -312,9 +339,9 @@ class Skeleton:
             if group:
                 self._load_group(group)
 
-    def _load_group(self, names: list[str]) -> None:
-        sources = {s: self.reader.entries[s] for name in names for s in self.targets[name]}
-        load_config = LoadStateDictConfig(
+    def _load_group(self, names: list[str], some: dict[str, TensorEntry] | None = None) -> None:
+        sources = some or {s: self.reader.entries[s] for name in names for s in self.targets[name]}
+        settings = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self._dtype_plan,
             device_map={"": self.device},
@@ -322,7 +349,7 @@ class Skeleton:
             weight_mapping=self._mapping(),
         )
         with _quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, sources, load_config)
+            info, _ = convert_and_load_state_dict_in_model(self.model, sources, settings)
         problems = [
             *(f"{k}: {e}" for k, e in info.conversion_errors.items()),
             *(f"{m[0]}: {tuple(m[1])} instead of {tuple(m[2])}" for m in info.mismatched_keys),
@@ -364,48 +391,6 @@ class Skeleton:
             if isinstance(module, PreTrainedModel):
                 return module
         return self.model
-
-
-def load_config(reader: CheckpointReader) -> transformers.PreTrainedConfig:
-    """The config of a checkpoint that is not quantised but by us.
-
-    Raises:
-        CheckpointError: it is, or config.json is not usable.
-    """
-    folder: Path = reader.folder
-    stored = reader.config.get("quantization_config")
-    if stored is not None and stored.get("quant_method") != METHOD:
-        raise CheckpointError(
-            f"{folder}: quantization_config.quant_method '{stored.get('quant_method')}' is not supported;"
-            " give the bf16, fp16 or fp32 checkpoint"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: config.json is not usable ({reason}); correct it") from error
-
-
-def _model_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
-    for name in getattr(config, "architectures", None) or []:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise CheckpointError(
-            f"model type '{config.model_type}', architectures {config.architectures}: the installed"
-            " transformers has no such class; models with remote code are not supported"
-        ) from None
-
-
-def _majority_dtype(reader: CheckpointReader) -> torch.dtype:
-    weight: dict[torch.dtype, int] = defaultdict(int)
-    for entry in reader.entries.values():
-        if entry.torch_dtype.is_floating_point:
-            weight[entry.torch_dtype] += entry.num_bytes
-    return max(weight, key=lambda d: weight[d]) if weight else torch.float32
 
 
 def _outermost_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

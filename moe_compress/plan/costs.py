@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from ..budget import uniform_rank
-from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes
-from ..method_options import Merge
+from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes, gram_width, is_gram
+from ..method_options import D2MoE, Merge
 from ..methods.d2moe import Slot, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
+from ..model.stored_experts import BLOCK_BYTES
 from ..recipe import DatasetText, Recipe
 from .outcome import Outcome
 from .shape import ModelShape
@@ -99,18 +100,23 @@ class Workload:
         } | max(peaks, key=lambda peak: sum(peak.values()))
 
     def _unit_memory(self) -> dict[str, int]:
-        """One group of one layer: its experts E M N, twice while they are assembled or beside their factors, the
-        layer's statistics and a shrunk copy of a Gram, and some matrices in fp32: four an expert, of one expert on
-        a CPU, of all on a GPU."""
+        """One group of one layer: its factors, a block of its experts twice while they are assembled (all of them where
+        experts are compared), two of the layer's Grams, and some matrices in fp32: four an expert, of one expert on a
+        CPU, of all on a GPU."""
         layer = max(self.model.layers, key=lambda each: each.num_parameters)
-        size = prod(layer.up_shape)
+        size, width = prod(layer.up_shape), self.model.dtype.itemsize
         at_once = layer.num_experts if self._on_gpu() else 1
-        grams = gram_shapes(layer, self.full)
+        method = self.recipe.method
+        by_block = isinstance(method, D2MoE) and not method.align
+        block = max(BLOCK_BYTES, at_once * size * width) if by_block else self.model.largest_tensor * width
+        shapes = gram_shapes(layer, self.full)
+        side = max(gram_width(layer, name) for name in shapes if is_gram(name))
         return {
             "libraries": PROCESS_BYTES,
-            "experts and factors": 2 * self.model.largest_tensor * self.model.dtype.itemsize,
-            "statistics": self._statistics_bytes(layer) + 4 * max(prod(shape) for shape in grams.values()),
-            "arithmetic": at_once * 4 * 4 * max(size, *(prod(shape[1:]) for shape in grams.values())),
+            "factors": self.model.largest_tensor * width,
+            "experts": 2 * block,
+            "statistics": 2 * 4 * max(prod(shape) for shape in shapes.values()),
+            "arithmetic": at_once * 4 * 4 * max(size, side**2),
         }
 
     def _evaluation_memory(self) -> dict[str, int]:
@@ -212,8 +218,8 @@ class Workload:
         return float(num_tokens) * (2 * model.active_parameters + attention)
 
     def _statistics_flops(self) -> float:
-        """A routed pair: 2 K^2 for each K x K Gram, 2 K for a diagonal; Fisher 2 r (M + N) for each projection, r
-        tokens that an expert sees of a sequence. A token: 2 E^2 for the router's Gram."""
+        """A routed pair: 2 for each element of a packed Gram or of a diagonal; Fisher 2 r (M + N) for each projection,
+        r tokens that an expert sees of a sequence. A token: 2 E^2 for the router's Gram."""
         total = 0.0
         length = self.recipe.calibration.sequence_length
         for layer in self.model.layers:

@@ -99,7 +99,7 @@ def factorise_merged(
         for expert in range(len(scores)):
             if expert in layout.dense_index:
                 continue
-            left_MN = residual(problem.weight_EMN[expert, slot.rows], tensors, layout, expert)
+            left_MN = residual(problem.weight_EMN[expert : expert + 1][0, slot.rows], tensors, layout, expert)
             gradient = sums[f"{group}_fisher_columns"][expert] if place.options.importance == "gradient" else None
             scores[expert] = column_scores(left_MN, gradient)
         tensors[f"{slot.name}_scores"] = scores

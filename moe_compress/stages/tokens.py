@@ -23,7 +23,7 @@ from ..calibration.text import (
 from ..checkpoint.reader import CheckpointReader
 from ..errors import CheckpointError, RecipeError
 from ..job import digest_of
-from ..model.skeleton import load_config
+from ..model.architecture import load_config
 from ..recipe import Calibration, DatasetText, Evaluation, Recipe, Text, TextPairs
 
 

@@ -26,6 +26,7 @@ from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, stock_name, to_canonical
 from ..model.merged import MAP_NAME
 from ..model.skeleton import Skeleton
+from ..model.stored_experts import StoredExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +79,15 @@ def align_layer(place: Workplace, path: str) -> None:
 
 
 def _problem(place: Workplace, path: str, group: Group) -> GroupProblem:
-    layer, weight = read_weight(place.checkpoint, path, group)
+    skeleton, layers = open_checkpoint(place.checkpoint)
+    layer = layers[path]
     statistics = LayerStatistics.load(layer, statistics_path(place.statistics, path), sums_used(place.options, group))
     order = None
     if place.options.align:
         align_layer(place, path)
         order = load_file(place.alignment / f"{path}.safetensors")["order"]
     device = pick_device(place.device)
-    return GroupProblem(layer, group, weight, statistics, place.options, order, device)
+    return GroupProblem(layer, group, StoredExperts(skeleton, layer, group), statistics, place.options, order, device)
 
 
 def decompose_group(place: Workplace, path: str, group: Group) -> None:

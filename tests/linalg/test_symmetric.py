@@ -36,15 +36,16 @@ def test_shrink_rare_is_the_posterior_mean_under_the_floor_only() -> None:
     num_tokens_E = torch.tensor([100, 10, 0])
     gram_ENN[2] = 0
     mean_NN = gram_ENN.sum(0) / 110
-    shrunk_ENN = shrink_rare(gram_ENN, num_tokens_E, floor=30)
+    shrunk_ENN = shrink_rare(gram_ENN, num_tokens_E, 30, mean_NN)
     assert torch.equal(shrunk_ENN[0], gram_ENN[0])
     torch.testing.assert_close(shrunk_ENN[1], (gram_ENN[1] + 30 * mean_NN) * 10 / 40)
     torch.testing.assert_close(shrunk_ENN[2], mean_NN)
 
 
-def test_shrink_rare_when_no_expert_saw_a_token() -> None:
-    shrunk_ENN = shrink_rare(torch.zeros(2, 3, 3), torch.zeros(2, dtype=torch.int64), floor=5)
-    assert torch.equal(shrunk_ENN, torch.eye(3).expand(2, 3, 3))
+def test_shrink_rare_towards_a_prior_of_each() -> None:
+    gram_ENN, prior_ENN = covariances(2, 4, 10, seed=0), covariances(2, 4, 10, seed=1)
+    shrunk_ENN = shrink_rare(gram_ENN, torch.tensor([10, 10]), 30, prior_ENN)
+    torch.testing.assert_close(shrunk_ENN, (gram_ENN + 30 * prior_ENN) * 10 / 40)
 
 
 @pytest.mark.parametrize("size", [1, 256, 600])

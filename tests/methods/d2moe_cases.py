@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.calibration.statistics import LayerStatistics
+from moe_compress.linalg.packed import pack
 from moe_compress.method_options import Base, D2MoE
 from moe_compress.methods.d2moe import GroupProblem
 from moe_compress.model.discovery import MoELayer
@@ -53,8 +54,8 @@ class Case:
             for side, rows in (("input", self.inputs[group]), ("output", outputs)):
                 if f"{group}_{side}_gram" in found:
                     weighted = [r * n for r, n in zip(rows, self.norms[group], strict=True)]
-                    found.tensors[f"{group}_{side}_gram"] = torch.stack([r.T @ r for r in rows])
-                    found.tensors[f"{group}_{side}_loss_gram"] = torch.stack([r.T @ r for r in weighted])
+                    found.tensors[f"{group}_{side}_gram"] = pack(torch.stack([r.T @ r for r in rows]))
+                    found.tensors[f"{group}_{side}_loss_gram"] = pack(torch.stack([r.T @ r for r in weighted]))
         return found
 
     def covariances(self, group: Group, weighting: str) -> Tensor:

@@ -14,7 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.calibration.statistics import LayerStatistics, gram_shapes
+from moe_compress.calibration.statistics import LayerStatistics, gram_shapes, is_gram
+from moe_compress.linalg.packed import pack
 from moe_compress.methods.merge import (
     LEFT_OUT,
     Grouping,
@@ -246,7 +247,7 @@ def summed(layer: MoELayer, seen: list[dict[str, list[Tensor]]], full: bool) -> 
     tensors: dict[str, Tensor] = {}
 
     def put(name: str, values: list[Tensor]) -> None:
-        tensors[name] = torch.stack(values)
+        tensors[name] = pack(torch.stack(values)) if is_gram(name) else torch.stack(values)
 
     put("num_tokens", [torch.tensor(sum(map(len, own["x"]))) for own in seen])
     for name, key in (("weight_sum", "x"), ("saliency_sum", "y")):
