@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from moe_compress.errors import CompressionError, RecipeError
 from moe_compress.executor import WorkerLost
 from moe_compress.process import settle
 from moe_compress.recipe import Cluster
+from moe_compress.stages.units import open_checkpoint
 
 UNIT_RETRIES = 3
 """How often a task is run again when its process dies."""
@@ -43,6 +45,11 @@ class _LayerWorkerActor:
 def _run_unit(threads: int, function: Callable[..., Any], *args: Any) -> Any:
     settle(threads)
     return function(*args)
+
+
+def _open(checkpoint: Path) -> None:
+    """Leaves a process ready for units of a checkpoint."""
+    open_checkpoint(checkpoint)
 
 
 @dataclass(slots=True)
@@ -85,8 +92,10 @@ class RayExecutor:
         self._workers: list[Any] = []
 
     def start_workers(self, setup: CalibrationSetup) -> None:
-        """Brings up `setup.num_workers` actors."""
+        """Brings up `setup.num_workers` actors, and where there is room a process for the first units."""
         self._workers = [self._actor.remote(setup, index, self.settings.threads) for index in range(setup.num_workers)]
+        if setup.num_workers < self.num_slots:  # it imports for seconds: not when a layer's statistics are there
+            self._unit.remote(self.settings.threads, _open, setup.checkpoint)
 
     def call(self, worker: int, method: str, *args: Any) -> _Call:
         """Calls a method of a layer worker; its calls run in the order they are made."""
