@@ -22,7 +22,7 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "linalg": {"errors"},
     "model": {"errors", "checkpoint"},
-    "calibration": {"errors", "checkpoint", "model", "linalg"},
+    "calibration": {"errors", "process", "checkpoint", "model", "linalg"},
     "methods": {"errors", "method_options", "budget", "linalg", "calibration", "model"},
     "evaluation": {"errors", "checkpoint", "model", "calibration"},
     "job": {"errors", "recipe", "checkpoint"},
