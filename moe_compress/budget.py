@@ -101,8 +101,18 @@ def allocate(items: list[Item], budget: int) -> list[int]:
     return [DENSE if n == full else int(n) for n, full in zip(bought, num_segments, strict=True)]
 
 
-def uniform_rank(num_rows: int, num_columns: int, num_experts: int, ratio: float, has_base: bool) -> int:
-    """The one rank that removes `ratio` of a projection's parameters, its base paid for; may be negative."""
-    kept = (1 - ratio) * num_experts * num_rows * num_columns
-    kept -= num_rows * num_columns if has_base else 0
-    return int(np.floor(kept / (num_experts * (num_rows + num_columns)) + 1e-9))
+def uniform_rank(
+    num_rows: int, num_columns: int, num_experts: int, ratio: float, num_bases: int = 0, num_shared: int | None = None
+) -> int:
+    """The one rank that removes `ratio` of a projection's parameters, its bases paid for; may be negative.
+
+    Args:
+        num_rows, num_columns: M and N.
+        num_experts: E left factors.
+        ratio: fraction of E M N to remove.
+        num_bases: whole matrices that are stored besides.
+        num_shared: right factors, if not one an expert.
+    """
+    kept = ((1 - ratio) * num_experts - num_bases) * num_rows * num_columns
+    width = num_experts * num_rows + (num_experts if num_shared is None else num_shared) * num_columns
+    return int(np.floor(kept / width + 1e-9))

@@ -31,7 +31,7 @@ Ratio = Annotated[float, BeforeValidator(_check_ratio)]
 
 OptionalRatio = Annotated[float | None, BeforeValidator(lambda value: value if value is None else _check_ratio(value))]
 
-Base = Literal["none", "mean", "frequency", "fisher", "fisher_frequency", "closed_form"]
+Base = Literal["none", "mean", "frequency", "fisher", "fisher_columns", "fisher_frequency", "closed_form"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2502.17298, section 3: Fisher-weighted base, deltas whitened by the input covariance, one rank for all.
@@ -47,10 +47,19 @@ class D2MoE(Part):
     Attributes:
         ratio: fraction of the routed-expert parameters to remove.
         base: what the experts of a layer share. With `none` the experts themselves are factorised.
+        num_bases: bases of a layer's projections, each of a cluster of experts; `budget` lets the byte budget choose
+            none, one or several for each.
+        share: right factors of a layer's projections, each shared by a cluster of experts; `none` gives each expert
+            its own, `budget` lets the byte budget choose.
+        cluster_by: what makes experts alike, their weights or how the router scores them.
+        alternate: rounds, at most, of fitting bases to what the deltas leave and deltas to the bases.
         weighting: covariance the truncation minimises the error under: `loss` weighs each token by the squared
-            gradient at the projection's output, `input` takes all tokens alike, `none` is plain SVD.
+            gradient at the projection's output, `two_sided` weighs inputs and outputs by the covariances of both,
+            `input` takes all tokens alike, `none` is plain SVD.
         ranks: `allocated` spends one byte budget over layers, experts and projections by error reduction a byte;
-            `uniform` gives the same rank to all; `full` keeps every direction (takes no ratio).
+            `uniform` gives the same rank to all; `frequency` ranks that go with frequency^alpha * Fisher^beta in each
+            layer; `full` keeps every direction (takes no ratio).
+        alpha, beta: exponents of `ranks: frequency`.
         gate_up: factorise gate and up as one matrix with a shared right factor, or apart.
         align: permute each expert's channels towards the layer's most used expert before the base is taken.
         damping: relative to the mean of a covariance's diagonal, where it is inverted.
@@ -61,8 +70,14 @@ class D2MoE(Part):
     preset: Literal["default", "paper"] = "default"
     ratio: OptionalRatio = None
     base: Base = "none"
-    weighting: Literal["loss", "input", "none"] = "loss"
-    ranks: Literal["allocated", "uniform", "full"] = "allocated"
+    num_bases: Annotated[int, Field(ge=1)] | Literal["budget"] = 1
+    share: Annotated[int, Field(ge=1)] | Literal["none", "budget"] = "none"
+    cluster_by: Literal["weights", "routing"] = "weights"
+    alternate: int = Field(0, ge=0, le=100)
+    weighting: Literal["loss", "two_sided", "input", "none"] = "loss"
+    ranks: Literal["allocated", "uniform", "frequency", "full"] = "allocated"
+    alpha: float = Field(0.5, ge=0, le=10)
+    beta: float = Field(0.5, ge=0, le=10)
     gate_up: Literal["joint", "separate"] = "joint"
     align: bool = False
     damping: float = Field(1e-5, ge=0, le=1)
@@ -84,10 +99,27 @@ class D2MoE(Part):
             raise ValueError("ratio: missing; give the fraction of expert parameters to remove, such as 0.4")
         return self
 
+    @model_validator(mode="after")
+    def _options_go_together(self) -> D2MoE:
+        if self.base == "none" and self.num_bases != 1:
+            raise ValueError("num_bases: base: none has none; name a kind of base, such as fisher")
+        if "budget" in (self.num_bases, self.share) and self.ranks != "allocated":
+            raise ValueError(
+                f"ranks: {self.ranks} spends no budget; set num_bases and share to numbers, or ranks: allocated"
+            )
+        if self.alternate and (self.base == "none" or self.share != "none" or self.weighting == "two_sided"):
+            raise ValueError("alternate: needs a base, share: none and another weighting than two_sided")
+        return self
+
+    @property
+    def has_fixed_bases(self) -> bool:
+        """Whether bases are there whatever the budget."""
+        return self.base != "none" and self.num_bases != "budget"
+
     @property
     def needs_full_covariance(self) -> bool:
-        """A base makes deltas, whose output covariance can only be had from the input's."""
-        return self.base != "none" and self.weighting != "none"
+        """Deltas and shared factors are weighed by the inputs' covariance; that of outputs is of the experts alone."""
+        return (self.has_fixed_bases or not isinstance(self.share, str)) and self.weighting != "none"
 
 
 class Fewer(Part):

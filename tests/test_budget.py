@@ -201,7 +201,7 @@ def test_uniform_rank_of_mixtral(ratio: float, has_base: bool, rank: int) -> Non
 
 def test_uniform_rank_that_comes_out_even_is_not_rounded_down() -> None:
     assert (1 - 0.9) * 20 * 20 / 40 < 1
-    assert uniform_rank(20, 20, 1, 0.9, has_base=False) == 1
+    assert uniform_rank(20, 20, 1, 0.9, num_bases=0) == 1
 
 
 @settings(deadline=None)

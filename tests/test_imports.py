@@ -17,6 +17,7 @@ ALLOWED = {
     "method_options": set(),
     "recipe": {"errors", "method_options"},
     "budget": set(),
+    "offers": {"budget"},
     "memory": set(),
     "process": set(),
     "checkpoint": {"errors"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "progress": {"job", "memory"},
     "stages": {
         *("errors", "recipe", "method_options", "budget", "checkpoint", "model", "calibration", "linalg", "methods"),
-        *("evaluation", "job", "progress", "executor"),
+        *("evaluation", "job", "progress", "executor", "offers"),
     },
     "executor": {"calibration", "process"},
     "pipeline": {"executor", "job", "progress", "stages"},

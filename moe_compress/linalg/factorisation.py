@@ -30,11 +30,15 @@ import torch
 from torch import Tensor
 
 from moe_compress.linalg.symmetric import (
+    damp,
     eigenpairs,
     eigenvalues,
     sqrt_and_inverse_sqrt,
     symmetric_product,
 )
+
+_LEAST_DAMPING = 1e-4
+"""Relative, of a covariance whose problem is solved in the right factor of others."""
 
 # Shape suffixes: E experts, M output size, N input size, K = min(M, N), R rank.
 
@@ -71,6 +75,40 @@ class InputRoot:
         return cls(*sqrt_and_inverse_sqrt(gram_ENN, relative_damping))
 
 
+def shared_right(problem_NN: Tensor, root: InputRoot) -> Tensor:
+    """(N, N) rows v that several matrices share as right factor, strongest first; any prefix is the best of its rank.
+
+    They minimise sum_e ||(D_e - U_e V) A^1/2||^2, A = sum_e A_e: every matrix under the covariance of all.
+
+    Args:
+        problem_NN: sum_e S^T D_e^T D_e S, see `right_gram`.
+        root: S of A, one matrix.
+    """
+    _, vectors_NN = eigenpairs(problem_NN)
+    return _strongest(vectors_NN, len(vectors_NN)).mT @ root.inverse_root_ENN[0]
+
+
+def project_right(d_EMN: Tensor, gram_ENN: Tensor, v_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """What each matrix makes of a given right factor: least squares under its own covariance.
+
+        V A V^T = L L^T,   Z = L^-1 V A D^T,   U = Z^T L^-1,   for any prefix of V, L and Z
+
+    Args:
+        d_EMN: (E, M, N) float32.
+        gram_ENN: (E, N, N) float32.
+        v_RN: (R, N) of full row rank.
+
+    Returns:
+        (factor_ERR, z_ERM): L and Z, float64. Row r of Z is what direction r adds: its squared norm is the error that
+        it removes.
+    """
+    # an expert may not reach all that the group does, and the rows of v magnify what little there is: fp64, damped
+    half_ENR = damp(gram_ENN.double(), _LEAST_DAMPING) @ v_RN.double().mT
+    factor_ERR = torch.linalg.cholesky(v_RN.double() @ half_ENR)
+    z_ERM = torch.linalg.solve_triangular(factor_ERR, half_ENR.mT @ d_EMN.double().mT, upper=False)
+    return factor_ERR, z_ERM
+
+
 def right_gram(d_EMN: Tensor, root: InputRoot) -> Tensor:
     """S^T D^T D S, (E, N, N): the Gram matrix of the right form."""
     d_gram_ENN = symmetric_product(d_EMN, d_EMN)
@@ -87,12 +125,15 @@ def spectrum(gram_EKK: Tensor) -> Spectrum:
     return Spectrum(eigenvalues(gram_EKK).flip(-1).clamp_min(0).float())
 
 
-def factorise_right(d_EMN: Tensor, root: InputRoot, ranks: Sequence[int]) -> list[Factors]:
+def factorise_right(
+    d_EMN: Tensor, root: InputRoot, ranks: Sequence[int], weighted_EMN: Tensor | None = None
+) -> list[Factors]:
     """Best factors of each matrix under the covariance whose root is given. Use where N <= M.
 
     Args:
         d_EMN: (E, M, N) float32.
         root: of the input covariances, E of them.
+        weighted_EMN: T^T D of the two-sided problem ||T^T (D - X) A^1/2||; D itself where it is not given.
         ranks: E integers >= 0. Rank 0 gives empty factors; N or more gives D itself, exact,
             its columns in their own order.
 
@@ -103,7 +144,7 @@ def factorise_right(d_EMN: Tensor, root: InputRoot, ranks: Sequence[int]) -> lis
     Raises:
         CompressionError: the matrices are not finite.
     """
-    _, vectors_ENN = eigenpairs(right_gram(d_EMN, root))
+    _, vectors_ENN = eigenpairs(right_gram(d_EMN if weighted_EMN is None else weighted_EMN, root))
     identity_NN = torch.eye(d_EMN.shape[-1], dtype=d_EMN.dtype, device=d_EMN.device)
     factors = []
     for d_MN, root_NN, inverse_NN, vectors_NN, rank in zip(
@@ -120,26 +161,37 @@ def factorise_right(d_EMN: Tensor, root: InputRoot, ranks: Sequence[int]) -> lis
     return factors
 
 
-def factorise_left(d_EMN: Tensor, output_gram_EMM: Tensor, ranks: Sequence[int]) -> list[Factors]:
-    """Best factors of each matrix given the covariance D A D^T of its output. Use where M < N.
+def factorise_left(
+    d_EMN: Tensor, output_gram_EMM: Tensor, ranks: Sequence[int], output_root: InputRoot | None = None
+) -> list[Factors]:
+    """Best factors of each matrix given the covariance of its weighted output. Use where M < N.
 
     Args:
         d_EMN: (E, M, N) float32.
-        output_gram_EMM: (E, M, M) float32, accumulated over tokens or out of `left_gram`.
+        output_gram_EMM: (E, M, M) float32, D A D^T, accumulated over tokens or out of `left_gram`; of the two-sided
+            problem ||T^T (D - X) A^1/2|| it is T^T D A D^T T.
         ranks: E integers >= 0. Rank 0 gives empty factors; M or more is exact.
+        output_root: T and its inverse, where the problem is two-sided.
 
     Returns:
-        E pairs u (M, R) with orthonormal columns and v = u^T D (R, N), R = min(rank, M).
+        E pairs u (M, R) and v (R, N), R = min(rank, M). P the eigenvectors: u = P, v = P^T D; two-sided u = T^-T P and
+        v = P^T T^T D, norms balanced.
 
     Raises:
         CompressionError: the covariance is not finite.
     """
     _, vectors_EMM = eigenpairs(output_gram_EMM)
     factors = []
-    for d_MN, vectors_MM, rank in zip(d_EMN, vectors_EMM, ranks, strict=True):
+    for e, (d_MN, vectors_MM, rank) in enumerate(zip(d_EMN, vectors_EMM, ranks, strict=True)):
         top_MR = _strongest(vectors_MM, rank)
         u_MR = top_MR * _signs(top_MR)
-        factors.append((u_MR, u_MR.mT @ d_MN))
+        if output_root is None:
+            factors.append((u_MR, u_MR.mT @ d_MN))
+            continue
+        v_RN = (output_root.root_ENN[e] @ u_MR).mT @ d_MN
+        left_MR = output_root.inverse_root_ENN[e].mT @ u_MR
+        balance_R = _balance(left_MR, v_RN)
+        factors.append((left_MR * balance_R, v_RN / balance_R[:, None]))
     return factors
 
 

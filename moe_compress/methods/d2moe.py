@@ -9,81 +9,35 @@ it measures better:
 
 * Tokens weigh by the squared gradient at the projection's output, A_e = sum_t ||d_t||^2 x_t x_t^T, so that the
   energies of all layers and projections are in units of the loss, and one budget can be spent on them (budget.py).
-* The base is optional. Experts that share no ancestor have little in common, and a forced base costs its bytes.
-* Gate and up read the same input: factorised as one matrix they share the right factor.
+* Bases are optional, and there may be several, each of a cluster of experts (bases.py). Experts that share no ancestor
+  have little in common, and a forced base costs its bytes.
+* Gate and up read the same input: factorised as one matrix they share the right factor. So may several experts.
 * No Cholesky, no inverse of a covariance, no SVD of a tall matrix (linalg/factorisation.py).
-
-Bases, F_e Fisher information of the projection, f_e activation frequency:
-    mean 1/E sum W_e;  frequency, fisher, fisher_frequency: weighted means;
-    closed_form argmin sum_e ||(W_e - W_b) A_e^{1/2}||^2 = (sum W_e A_e)(sum A_e)^{-1}, damped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..budget import uniform_rank
-from ..calibration.statistics import LayerStatistics, down_side, up_side
-from ..errors import CompressionError, RecipeError
-from ..linalg.factorisation import (
-    InputRoot,
-    factorise_left,
-    factorise_right,
-    left_gram,
-    right_gram,
-    spectrum,
-)
-from ..linalg.symmetric import damp, shrink_rare, symmetric_product
+from ..calibration.statistics import LayerStatistics
+from ..linalg.factorisation import InputRoot, project_right, right_gram, shared_right
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
-from ..model.expert_bank import GROUPS, Group, channel_index
+from ..model.expert_bank import Group, channel_index
 from ..model.experts import FactorisedSlot
 from ..model.stored_experts import StoredExperts
+from .bases import closed_form_bases, solve_bases, weighted_bases
+from .forms import PLAIN, Form
 from .merge import align_expert
+from .metric import BlockMetric, ErrorMetric
+from .slots import slots
 
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One factorised projection of a layer.
-
-    Attributes:
-        name: slot name of model/experts.py.
-        rows: which rows of the group's matrix it covers.
-        num_columns: N.
-    """
-
-    name: str
-    rows: slice
-    num_columns: int
-
-    @property
-    def num_rows(self) -> int:
-        """M."""
-        return self.rows.stop - self.rows.start
-
-
-def slots(layer: MoELayer, group: Group, options: D2MoE) -> list[Slot]:
-    """The slots that a group of projections is factorised as."""
-    if group == "down":
-        return [Slot("down", slice(0, layer.hidden_size), layer.intermediate_size)]
-    inner, hidden = layer.intermediate_size, layer.hidden_size
-    if not layer.has_gate:
-        return [Slot("up", slice(0, inner), hidden)]
-    if options.gate_up == "joint":
-        return [Slot("gate_up", slice(0, 2 * inner), hidden)]
-    return [Slot("gate", slice(0, inner), hidden), Slot("up", slice(inner, 2 * inner), hidden)]
-
-
-def sums_used(options: D2MoE, group: Group) -> list[str]:
-    """Names of the statistics that a group's problem may read: the rest need not be loaded."""
-    weighted = "loss_gram" if options.weighting == "loss" else "gram"
-    return ["num_tokens", f"{group}_fisher", f"{group}_input_{weighted}", f"{group}_output_{weighted}"]
+_LEAST_GAIN = 1e-3
+"""Relative, by which a round of alternation must lower the error for another to follow."""
 
 
 class GroupProblem:
@@ -99,9 +53,11 @@ class GroupProblem:
         options: the recipe's method.
         permutations_EF: channel orders from `channel_alignment`, or None.
         device: where the arithmetic is done.
+        form: how the experts are put together.
 
     Attributes:
-        base_MN: what all experts of the group share, fp32, or None.
+        bases_BMN: what the experts of each cluster share, fp32, or None.
+        items: the experts that share a rank; one each, but where right factors are shared.
     """
 
     def __init__(
@@ -113,23 +69,37 @@ class GroupProblem:
         options: D2MoE,
         permutations_EF: Tensor | None = None,
         device: torch.device | str = "cpu",
+        form: Form = PLAIN,
     ) -> None:
         self.layer, self.group, self.options, self.statistics = layer, group, options, statistics
         self.device = torch.device(device)
-        self.weight_EMN = weight_EMN
+        self.weight_EMN, self.form = weight_EMN, form
         self.slots = slots(layer, group, options)
+        self.items = form.items(layer.num_experts)
         self._order_EC = (
             None if permutations_EF is None else channel_index(layer, group, permutations_EF.to(self.device))
         )
-        self._gram_name, self._of_output = self._covariance()
-        self.base_MN = self._base()
+        needs_input = form != PLAIN
+        self.metric = ErrorMetric(
+            layer, group, statistics, options, self._order_EC, self._weight, needs_input, self.device
+        )
+        self.bases_BMN = self._bases()
 
     def energies(self) -> dict[str, Tensor]:
-        """(E, K) squared singular values of each slot's weighted problem, descending, fp32 on the CPU."""
+        """(I, K) error that each direction removes, of each item by slot, fp32 on the CPU.
+
+        Squared singular values of the weighted problem, descending; where a right factor is shared, the sum of what
+        a direction removes for each of its experts.
+        """
         rows: dict[str, list[Tensor]] = {slot.name: [] for slot in self.slots}
-        for block in self._blocks():
-            for name, energy_EK in self._energies(block).items():
-                rows[name].append(energy_EK.cpu())
+        if self.form.share_of is None:
+            for block in self.metric.blocks():
+                for name, energy_nK in self._energies(block).items():
+                    rows[name].append(energy_nK.cpu())
+        else:
+            for members in self.items:
+                for slot in self.slots:
+                    rows[slot.name].append(self._shared_energies(members, slot.rows)[None].cpu())
         return {name: torch.cat(parts) for name, parts in rows.items()}
 
     def factors(self, ranks: dict[str, list[int]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -139,49 +109,39 @@ class GroupProblem:
             ranks: slot name -> one rank an expert, DENSE for a whole matrix: the expert's own, to the bit.
             dtype: to store in.
         """
-        has_base = self.base_MN is not None
-        layouts = [FactorisedSlot(s.name, s.num_rows, s.num_columns, ranks[s.name], has_base) for s in self.slots]
+        layouts = self.layouts(ranks)
+        if self.bases_BMN is not None:
+            self._alternate(layouts)
+            self.bases_BMN = self.bases_BMN.to(dtype).float()  # deltas make up for its rounding
         out = {name: torch.empty(shape, dtype=dtype) for layout in layouts for name, shape in layout.shapes().items()}
         for slot, layout in zip(self.slots, layouts, strict=True):
-            if self.base_MN is not None:
-                out[f"{slot.name}_base"].copy_(self.base_MN[slot.rows])
+            if self.bases_BMN is not None:
+                out[f"{slot.name}_base"].copy_(self.bases_BMN[:, slot.rows])
             for expert, place in layout.dense_index.items():
                 out[f"{slot.name}_dense"][place] = self._weight(slice(expert, expert + 1))[0, slot.rows]
-        for block in self._blocks():
-            self._factorise(block, layouts, out)
+        for expert, slot_index, u_MR, v_RN in self._pairs(layouts):
+            layout = layouts[slot_index]
+            out[f"{layout.name}_u"][layout.factor_rows(expert)] = u_MR.mT.to(dtype)
+            if self.form.share_of is None or self.form.share_of[expert] == expert:
+                out[f"{layout.name}_v"][layout.right_rows(expert)] = v_RN.to(dtype)
         return out
 
-    # --- internals -----------------------------------------------------------------------------------------
+    def layouts(self, ranks: dict[str, list[int]]) -> list[FactorisedSlot]:
+        """Names and places of the tensors of each slot."""
+        bases, share = (None if of is None else list(of) for of in (self.form.base_of, self.form.share_of))
+        return [
+            FactorisedSlot(slot.name, slot.num_rows, slot.num_columns, ranks[slot.name], bases, share)
+            for slot in self.slots
+        ]
 
-    def _energies(self, block: slice) -> dict[str, Tensor]:
-        delta, root = self._delta(self._weight(block)), self._root(block)
-        return {slot.name: spectrum(self._problem(slot, delta, root, block)).energy_EK for slot in self.slots}
+    def weights(self) -> Iterator[Tensor]:
+        """All experts, (n, M, N) fp32 a block, channels in aligned order."""
+        return map(self._weight, self.metric.blocks())
 
-    def _factorise(self, block: slice, layouts: list[FactorisedSlot], out: dict[str, Tensor]) -> None:
-        """Writes the factors of some experts where they belong."""
-        wanted = [[max(rank, 0) for rank in layout.ranks[block]] for layout in layouts]
-        if not any(map(any, wanted)):
-            return  # whole matrices and empty factors need no decomposition
-        delta, root = self._delta(self._weight(block)), self._root(block)
-        for slot, layout, ranks in zip(self.slots, layouts, wanted, strict=True):
-            part = delta[:, slot.rows]
-            if root is not None:
-                pairs = factorise_right(part, root, ranks)
-            else:
-                pairs = factorise_left(part, self._problem(slot, delta, root, block), ranks)
-            for expert, (u, v) in enumerate(pairs, block.start):
-                rows = layout.factor_rows(expert)
-                out[f"{slot.name}_u"][rows] = u.mT
-                out[f"{slot.name}_v"][rows] = v
-
-    def _blocks(self) -> Iterator[slice]:
-        """Experts to work on at once: LAPACK gains nothing from a batch, a GPU does."""
-        size = 1 if self.device.type == "cpu" else self.layer.num_experts
-        for start in range(0, self.layer.num_experts, size):
-            yield slice(start, start + size)
+    # --- deltas --------------------------------------------------------------------------------------------
 
     def _weight(self, block: slice) -> Tensor:
-        """(block, M, N) fp32, channels in aligned order."""
+        """(n, M, N) fp32, channels in aligned order."""
         weight = self.weight_EMN[block].to(self.device, torch.float32)
         if self._order_EC is None:
             return weight
@@ -190,113 +150,123 @@ class GroupProblem:
             return weight.gather(1, order[:, :, None].expand_as(weight))
         return weight.gather(2, order[:, None, :].expand_as(weight))
 
-    def _delta(self, weight_EMN: Tensor) -> Tensor:
-        """What the base does not explain."""
-        return weight_EMN if self.base_MN is None else weight_EMN - self.base_MN
-
-    def _root(self, block: slice) -> InputRoot | None:
-        """Root of the input covariance, where the input side of the slots, all of one shape, is the smaller one."""
-        if self.slots[0].num_rows < self.slots[0].num_columns:
-            return None
-        return InputRoot.from_gram(self._gram(block), self.options.damping)
-
-    def _problem(self, slot: Slot, delta_EMN: Tensor, root: InputRoot | None, block: slice) -> Tensor:
-        """The small symmetric matrices whose eigenvectors solve a slot's problem."""
-        part = delta_EMN[:, slot.rows]
-        if root is not None:
-            return right_gram(part, root)
-        if self._of_output:
-            return self._gram(block)[:, slot.rows, slot.rows]
-        return left_gram(part, self._gram(block))
-
-    def _covariance(self) -> tuple[str, bool]:
-        """Name of the covariance that the error is weighted with, and whether it is that of the outputs themselves.
-
-        The covariance of the outputs W_e x is that of the problem only where there is no base.
-        """
-        if self.options.weighting == "none":
-            return "", False
-        side = up_side(self.layer) if self.group == "up" else down_side(self.layer)
-        of_output = side == "output" and self.options.base == "none"
-        weighted = ["loss"] if self.options.weighting == "loss" else []
-        name = "_".join([self.group, "output" if of_output else "input", *weighted, "gram"])
-        if name not in self.statistics:
-            raise CompressionError(
-                f"{self.layer.path}: statistics lack {name}; run with calibration.full_covariance: always"
-            )
-        return name, of_output
-
-    def _gram(self, block: slice) -> Tensor:
-        """(block, K, K) fp32 covariances that the error is weighted with, those of rare experts shrunk."""
-        if not self._gram_name:
-            size = self.weight_EMN.shape[2]
-            return torch.eye(size, device=self.device).expand(
-                len(range(*block.indices(self.layer.num_experts))), -1, -1
-            )
-        num_tokens, floor = self.statistics["num_tokens"][block].to(self.device), self.options.min_tokens
-        gram = self._seen_gram(block)
-        if not bool((num_tokens < floor).any()):
-            return gram
-        if not self._of_output:
-            return shrink_rare(gram, num_tokens, floor, self._mean_gram)
-        # What other experts put out says nothing of the directions of this one; white inputs do.
+    def _delta(self, block: slice) -> Tensor:
+        """(n, M, N) what the bases do not explain."""
         weight = self._weight(block)
-        prior = self._white_energy * symmetric_product(weight.mT, weight.mT)
-        return shrink_rare(gram, num_tokens, floor, prior)
+        if self.bases_BMN is None or self.form.base_of is None:
+            return weight
+        return weight - self.bases_BMN[list(self.form.base_of[block])]
 
-    def _seen_gram(self, block: slice) -> Tensor:
-        """(block, K, K) the covariances as they were summed, channels in aligned order."""
-        gram = self.statistics.gram(self._gram_name, block).to(self.device)
-        if self._order_EC is not None and self.group == ("up" if self._of_output else "down"):
-            order = self._order_EC[block]
-            gram = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
-        return gram
+    def _block_metric(self, block: slice) -> BlockMetric:
+        return BlockMetric(self.metric, block, self.slots[0].num_rows)
 
-    @cached_property
-    def _mean_gram(self) -> Tensor:
-        """(K, K) covariance of one token of the layer."""
-        total = torch.stack([self._seen_gram(block).sum(0) for block in self._blocks()]).sum(0)
-        num_tokens = int(self.statistics["num_tokens"].sum())
-        return total / num_tokens if num_tokens else torch.eye(len(total), device=self.device)
+    def _energies(self, block: slice) -> dict[str, Tensor]:
+        delta, metric = self._delta(block), self._block_metric(block)
+        return {slot.name: metric.energies(delta[:, slot.rows], slot.rows) for slot in self.slots}
 
-    @cached_property
-    def _white_energy(self) -> float:
-        """s for which white inputs, of outputs s W_e W_e^T a token, would put out the energy that the layer's did."""
-        energy = white = 0.0
-        for block in self._blocks():
-            num_tokens = self.statistics["num_tokens"][block].to(self.device)
-            energy += float(self._seen_gram(block).diagonal(dim1=1, dim2=2).sum())
-            white += float((num_tokens * self._weight(block).square().sum((1, 2))).sum())
-        return energy / white if white > 0 else 1.0
+    def _pairs(self, layouts: list[FactorisedSlot]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(expert, index of the slot, u (M, R), v (R, N)) of all experts that have factors."""
+        if self.form.share_of is not None:
+            yield from self._shared_pairs(layouts)
+            return
+        for block in self.metric.blocks():
+            yield from self._block_pairs(block, layouts)
 
-    def _base(self) -> Tensor | None:
-        kind = self.options.base
-        if kind == "none":
+    def _block_pairs(self, block: slice, layouts: list[FactorisedSlot]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        wanted = [[max(rank, 0) for rank in layout.ranks[block]] for layout in layouts]
+        if not any(map(any, wanted)):
+            return  # whole matrices and empty factors need no decomposition
+        delta, metric = self._delta(block), self._block_metric(block)
+        for index, (slot, ranks) in enumerate(zip(self.slots, wanted, strict=True)):
+            pairs = metric.factorise(delta[:, slot.rows], slot.rows, ranks)
+            for expert, (u_MR, v_RN) in enumerate(pairs, block.start):
+                yield expert, index, u_MR, v_RN
+
+    # --- shared right factors ------------------------------------------------------------------------------
+
+    def _shared(self, members: Sequence[int], rows: slice) -> Tensor:
+        """(N, N) right factor of several experts, strongest row first."""
+        metrics = [self._block_metric(slice(expert, expert + 1)) for expert in members]
+        gram = torch.stack([metric.gram for metric in metrics]).sum(0)
+        root = InputRoot.from_gram(gram, self.options.damping)
+        problem = torch.zeros_like(gram[0])
+        for metric in metrics:
+            weighted = metric.weighted(self._delta(metric.block)[:, rows], rows)
+            problem += right_gram(weighted, root)[0] / metric.scale
+        return shared_right(problem, root)
+
+    def _shared_energies(self, members: Sequence[int], rows: slice) -> Tensor:
+        """(N,) error that each shared direction removes, of all members together."""
+        v_NN, total = self._shared(members, rows), torch.zeros(self.metric.num_columns, device=self.device)
+        for expert in members:
+            metric = self._block_metric(slice(expert, expert + 1))
+            weighted = metric.weighted(self._delta(metric.block)[:, rows], rows)
+            _, z_1NM = project_right(weighted, metric.gram, v_NN)
+            total += z_1NM[0].square().sum(1).float() / metric.scale
+        return total
+
+    def _shared_pairs(self, layouts: list[FactorisedSlot]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        for members in self.items:
+            for index, (slot, layout) in enumerate(zip(self.slots, layouts, strict=True)):
+                rank = layout.ranks[members[0]]
+                if rank <= 0:
+                    continue
+                v_RN = self._shared(members, slot.rows)[:rank]
+                for expert in members:
+                    block = slice(expert, expert + 1)
+                    # whatever the weight on the output side, least squares gives each row of U by itself
+                    factor_1RR, z_1RM = project_right(self._delta(block)[:, slot.rows], self.metric.gram(block), v_RN)
+                    u_1RM = torch.linalg.solve_triangular(factor_1RR.mT, z_1RM, upper=True)
+                    yield expert, index, u_1RM[0].mT.float(), v_RN
+
+    # --- bases ---------------------------------------------------------------------------------------------
+
+    def _bases(self) -> Tensor | None:
+        if self.form.base_of is None:
             return None
-        if kind == "closed_form":
-            num_rows, num_columns = self.weight_EMN.shape[1:]
-            total = torch.zeros(num_columns, num_columns, device=self.device)
-            weighted = torch.zeros(num_rows, num_columns, device=self.device)
-            for block in self._blocks():
-                gram = self._gram(block)
-                total += gram.sum(0)
-                weighted += (self._weight(block) @ gram).sum(0)
-            return torch.linalg.solve(damp(total, max(self.options.damping, 1e-6)), weighted, left=False)
-        frequency = self.statistics["num_tokens"].double()
-        fisher = self.statistics[f"{self.group}_fisher"]
-        share_E = {
-            "mean": torch.ones_like(frequency),
-            "frequency": frequency,
-            "fisher": fisher,
-            "fisher_frequency": fisher * frequency,
-        }[kind]
-        if float(share_E.sum()) == 0:  # a layer the text never reached: all experts alike
-            share_E = torch.ones_like(share_E)
-        share_E = (share_E / share_E.sum()).to(self.device, torch.float32)
-        base = torch.zeros(self.weight_EMN.shape[1:], device=self.device)
-        for block in self._blocks():
-            base += torch.einsum("emn,e->mn", self._weight(block), share_E[block])
-        return base
+        if self.options.base == "closed_form":
+            return closed_form_bases(self.metric, self._weight, self.form.base_of)
+        return weighted_bases(self.options.base, self.metric, self.statistics, self._weight, self.form.base_of)
+
+    def _alternate(self, layouts: list[FactorisedSlot]) -> None:
+        """Fits the bases to what the deltas leave, and so in turn, until the weighted error falls no more.
+
+        Neither step raises it: deltas are the best for the bases, and bases move by what lowers it most, with a small
+        price on the way.
+        """
+        assert self.bases_BMN is not None
+        before = math.inf
+        for _ in range(self.options.alternate):
+            error, steps = self._refit(layouts)
+            if error > before * (1 - _LEAST_GAIN):
+                return
+            before = error
+            for slot, step_BMN in zip(self.slots, steps, strict=True):
+                self.bases_BMN[:, slot.rows] += step_BMN
+
+    def _refit(self, layouts: list[FactorisedSlot]) -> tuple[float, list[Tensor]]:
+        """The weighted error of bases and deltas as they are, and for each slot (B, M, N) what to add to its bases."""
+        assert self.form.base_of is not None
+        assert self.bases_BMN is not None
+        moments = [torch.zeros_like(self.bases_BMN[:, slot.rows]) for slot in self.slots]
+        size = self.metric.num_columns
+        grams = [torch.zeros(self.form.num_bases, size, size, device=self.device) for _ in self.slots]
+        error = 0.0
+        for block in self.metric.blocks():
+            delta, metric = self._delta(block), self._block_metric(block)
+            for slot, layout, moment_BMN, gram_BNN in zip(self.slots, layouts, moments, grams, strict=True):
+                residual = delta[:, slot.rows].clone()
+                pairs = metric.factorise(residual, slot.rows, [max(rank, 0) for rank in layout.ranks[block]])
+                for place, (u_MR, v_RN) in enumerate(pairs):
+                    expert = block.start + place
+                    if expert in layout.dense_index:
+                        residual[place] = 0
+                        continue
+                    residual[place].addmm_(u_MR, v_RN, alpha=-1)
+                    moment_BMN[self.form.base_of[expert]] += residual[place] @ metric.gram[place]
+                    gram_BNN[self.form.base_of[expert]] += metric.gram[place]
+                error += float(metric.errors(residual, slot.rows).sum())
+        return error, [solve_bases(*sums, self.options.damping) for sums in zip(grams, moments, strict=True)]
 
 
 def channel_alignment(layer: MoELayer, up_EMD: Tensor, down_EDF: Tensor, statistics: LayerStatistics) -> Tensor:
@@ -304,59 +274,3 @@ def channel_alignment(layer: MoELayer, up_EMD: Tensor, down_EDF: Tensor, statist
     leader = int(statistics["num_tokens"].argmax())
     tensors = {"up": up_EMD, "down": down_EDF}
     return torch.stack([align_expert(layer, tensors, expert, leader) for expert in range(layer.num_experts)])
-
-
-def highest_ratio(layers: list[MoELayer], options: D2MoE) -> float:
-    """The bound that the ratio must stay under (uniform ranks: may reach).
-
-    Allocated: 1, less 1/E for a base. Uniform: rank one everywhere, 1 - (M + N) / (M N), less 1/E for a base.
-    """
-    bounds = []
-    for layer in layers:
-        base = 1 / layer.num_experts if options.base != "none" else 0.0
-        for slot in (slot for group in GROUPS for slot in slots(layer, group, options)):
-            rank_one = (slot.num_rows + slot.num_columns) / (slot.num_rows * slot.num_columns)
-            bounds.append(1 - base - (rank_one if options.ranks == "uniform" else 0))
-    return min(bounds)
-
-
-def check_ratio(layers: list[MoELayer], options: D2MoE) -> None:
-    """Refuses a ratio that leaves nothing for deltas.
-
-    Raises:
-        RecipeError: names the highest ratio that is possible.
-    """
-    if options.ratio is None:
-        return
-    highest = highest_ratio(layers, options)
-    named = f"{max(math.floor(highest * 10_000), 0) / 10_000:g}"  # rounded up it would be refused itself
-    if options.ranks == "uniform":
-        if options.ratio > highest + 1e-12:
-            raise RecipeError(
-                f"method.ratio: {options.ratio} leaves some projection no rank; the highest possible is {named};"
-                " lower it or set ranks: allocated"
-            )
-    elif options.ratio >= highest:
-        raise RecipeError(
-            f"method.ratio: {options.ratio} is more than the shared bases of the experts leave; the highest possible"
-            f" is below {named}; lower it or set base: none"
-        )
-
-
-def fixed_ranks(layer: MoELayer, slot: Slot, options: D2MoE) -> list[int]:
-    """Ranks where nothing is allocated: `uniform` or `full`."""
-    if options.ranks == "full":
-        return [min(slot.num_rows, slot.num_columns)] * layer.num_experts
-    assert options.ratio is not None
-    rank = uniform_rank(slot.num_rows, slot.num_columns, layer.num_experts, options.ratio, options.base != "none")
-    return [rank] * layer.num_experts
-
-
-def budget_parameters(layers: list[MoELayer], options: D2MoE) -> int:
-    """Parameters left for deltas when `ratio` of all routed-expert parameters is gone and bases are paid."""
-    assert options.ratio is not None
-    total = sum(layer.num_parameters for layer in layers)
-    bases = 0
-    if options.base != "none":
-        bases = sum(layer.num_parameters // layer.num_experts for layer in layers)
-    return int((1 - options.ratio) * total) - bases

@@ -54,12 +54,16 @@ class FactorisedSlot:
         num_rows: int,
         num_columns: int,
         ranks: list[int],
-        base: bool = False,
+        bases: list[int] | None = None,
+        share: list[int] | None = None,
         num_sparse: list[int] | None = None,
     ) -> None:
         self.name, self.num_rows, self.num_columns = name, num_rows, num_columns
-        self.ranks, self.has_base = list(ranks), base
+        self.ranks, self.bases = list(ranks), bases
+        self.share = share or list(range(len(ranks)))
         self.offsets = list(accumulate((max(rank, 0) for rank in ranks), initial=0))
+        own = (max(rank, 0) if self.share[e] == e else 0 for e, rank in enumerate(ranks))
+        self.right_offsets = list(accumulate(own, initial=0))
         self.sparse_offsets = list(accumulate(num_sparse or [0] * len(ranks), initial=0))
         dense = [e for e, rank in enumerate(self.ranks) if rank == DENSE]
         self.dense_index = {e: k for k, e in enumerate(dense)}
@@ -67,6 +71,11 @@ class FactorisedSlot:
     def factor_rows(self, expert: int) -> slice:
         """Where an expert's factors lie in the packed `u` and `v`."""
         return slice(self.offsets[expert], self.offsets[expert + 1])
+
+    def right_rows(self, expert: int) -> slice:
+        """Where the right factor that an expert uses lies in the packed `v`."""
+        start = self.right_offsets[self.share[expert]]
+        return slice(start, start + max(self.ranks[expert], 0))
 
     def sparse_rows(self, expert: int) -> slice:
         """Where an expert's sparse columns lie in the packed `s` and `columns`."""
@@ -77,12 +86,12 @@ class FactorisedSlot:
         total, rows, columns = self.offsets[-1], self.num_rows, self.num_columns
         shapes: dict[str, tuple[int, ...]] = {
             f"{self.name}_u": (total, rows),
-            f"{self.name}_v": (total, columns),
+            f"{self.name}_v": (self.right_offsets[-1], columns),
         }
         if self.dense_index:
             shapes[f"{self.name}_dense"] = (len(self.dense_index), rows, columns)
-        if self.has_base:
-            shapes[f"{self.name}_base"] = (rows, columns)
+        if self.bases is not None:
+            shapes[f"{self.name}_base"] = (max(self.bases) + 1, rows, columns)
         if num_sparse := self.sparse_offsets[-1]:
             shapes[f"{self.name}_s"] = (num_sparse, rows)
             shapes[f"{self.name}{INDEX_SUFFIX}"] = (num_sparse,)
@@ -216,10 +225,7 @@ class FactorisedExperts(nn.Module):
         """
         u, v = getattr(self, f"{slot.name}_u"), getattr(self, f"{slot.name}_v")
         dense = getattr(self, f"{slot.name}_dense", None)
-        based_SM = None
-        if slot.has_base:
-            based_SM = F.linear(shared_TN, getattr(self, f"{slot.name}_base"))
-            based_SM = based_SM if token_S is None else based_SM[token_S]
+        base = getattr(self, f"{slot.name}_base", None)
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count == 0:
@@ -230,13 +236,13 @@ class FactorisedExperts(nn.Module):
                 y = F.linear(x, dense[slot.dense_index[expert]])
             else:
                 rows = slot.factor_rows(expert)
-                y = F.linear(x, v[rows]) @ u[rows]
+                y = F.linear(x, v[slot.right_rows(expert)]) @ u[rows]
                 sparse = slot.sparse_rows(expert)
                 if sparse.stop > sparse.start:
                     columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")[sparse]
                     y = y + x.index_select(1, columns) @ getattr(self, f"{slot.name}_s")[sparse]
-                if based_SM is not None:
-                    y = y + based_SM[start:stop]
+                if base is not None and slot.bases is not None:
+                    y = y + F.linear(x, base[slot.bases[expert]])
             parts.append(y)
             start = stop
         return torch.cat(parts) if parts else routed_SN.new_zeros(0, slot.num_rows)
@@ -255,8 +261,8 @@ class FactorisedExperts(nn.Module):
                     weights.append(dense[slot.dense_index[expert]])
                     continue
                 rows = slot.factor_rows(expert)
-                weight = u[rows].T @ v[rows]
-                weight = weight if base is None else weight + base
+                weight = u[rows].T @ v[slot.right_rows(expert)]
+                weight = weight if base is None or slot.bases is None else weight + base[slot.bases[expert]]
                 sparse = slot.sparse_rows(expert)
                 if sparse.stop > sparse.start:
                     columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")[sparse]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..checkpoint.reader import CheckpointReader, resolve_checkpoint
 from ..method_options import D2MoE
-from ..methods.d2moe import highest_ratio
+from ..methods.limits import highest_ratio
 from ..recipe import Recipe
 from ..stages.prepare import open_original
 from .costs import Workload

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ..budget import uniform_rank
 from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes, gram_width, is_gram
 from ..method_options import D2MoE, Merge
-from ..methods.d2moe import Slot, slots
+from ..methods.forms import cluster_counts
+from ..methods.limits import mean_rank
+from ..methods.slots import Slot, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
 from ..model.stored_experts import BLOCK_BYTES
@@ -243,11 +244,10 @@ class Workload:
         for layer, slot in self._slots():
             m, n = slot.num_rows, slot.num_columns
             side = min(m, n)
-            ratio, based = options.ratio, options.base != "none"
-            rank = side if ratio is None else max(uniform_rank(m, n, layer.num_experts, ratio, based), 0)
-            right = n <= m
-            eigen += layer.num_experts * 2 * (9 * side**3 + (9 * n**3 if right else 0))
-            products += layer.num_experts * (2 * (m * n**2 + 3 * n**3 if right else 0) + 2 * m * n * rank)
+            rank, right = max(mean_rank(layer, slot, options), 0), n <= m
+            times = 2 + ((options.num_bases, options.share).count("budget")) * len(cluster_counts(layer.num_experts))
+            eigen += layer.num_experts * times * (9 * side**3 + (9 * n**3 if right else 0))
+            products += layer.num_experts * (times * (m * n**2 + 3 * n**3 if right else 0) + 2 * m * n * rank)
         return eigen, products
 
     def _alignment_flops(self) -> float:

@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 
 from ..method_options import D2MoE, Fewer, MCSMoE, Method
 from ..methods.counts import kept_counts
-from ..methods.d2moe import budget_parameters, fixed_ranks, slots
+from ..methods.limits import budget_parameters, fixed_ranks, num_bases, num_shared
+from ..methods.slots import slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
 
 NOTES = {
     "allocated": "ranks are allocated once the calibration statistics are there; they spend the same total",
     "uniform": "every expert gets the uniform rank",
+    "frequency": "calibration shares the ranks out among the experts of a layer; they spend the same total",
     "full": "every direction is kept: larger than the original",
 }
 
@@ -67,12 +69,13 @@ def _stored(model: PreTrainedModel, layers: list[MoELayer], options: Fewer) -> l
 
 
 def _factorised_parameters(layers: list[MoELayer], options: D2MoE) -> int:
-    """The budget, or sum over slots of E r (M + N), and the bases."""
-    bases = sum(layer.num_parameters // layer.num_experts for layer in layers) if options.base != "none" else 0
+    """The budget, or sum over slots of r (E M + C N), C right factors, and the bases."""
     if options.ranks == "allocated":
-        return budget_parameters(layers, options) + bases
+        return budget_parameters(layers, options)
+    bases = sum(layer.num_parameters // layer.num_experts * num_bases(layer, options) for layer in layers)
     return bases + sum(
-        sum(fixed_ranks(layer, slot, options)) * (slot.num_rows + slot.num_columns)
+        fixed_ranks(layer, slot, options)[0]
+        * (layer.num_experts * slot.num_rows + num_shared(layer, options) * slot.num_columns)
         for layer in layers
         for group in GROUPS
         for slot in slots(layer, group, options)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..budget import uniform_rank
-from ..methods.d2moe import slots
+from ..methods.limits import mean_rank
+from ..methods.slots import slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
 from ..model.skeleton import ROOT, Skeleton
@@ -93,20 +93,20 @@ def slot_sizes(result: Outcome) -> list[SlotSize]:
     options = result.factorised
     if options is None:
         return []
-    kinds: Counter[tuple[str, int, int, int]] = Counter()
+    kinds: Counter[tuple[str, int, int, int | None]] = Counter()
     for layer in result.layers:
         for group in GROUPS:
             for slot in slots(layer, group, options):
-                kinds[slot.name, slot.num_rows, slot.num_columns, layer.num_experts] += layer.num_experts
-    based, ratio = options.base != "none", options.ratio
+                rank = None if options.ratio is None else mean_rank(layer, slot, options)
+                kinds[slot.name, slot.num_rows, slot.num_columns, rank] += layer.num_experts
     return [
         SlotSize(
             name,
             rows,
             columns,
             count,
-            None if ratio is None else uniform_rank(rows, columns, num_experts, ratio, based),
+            rank,
             rows * columns // (rows + columns),
         )
-        for (name, rows, columns, num_experts), count in kinds.items()
+        for (name, rows, columns, rank), count in kinds.items()
     ]

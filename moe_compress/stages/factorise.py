@@ -1,44 +1,49 @@
-"""D2-MoE as a scheme: spectra of all layers, experts and projections, every rank from one budget, factors."""
+"""D2-MoE as a scheme: spectra of all layers, experts and projections, forms and ranks from one budget, factors."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..budget import Item, allocate, error, parameters
+from ..calibration.statistics import LayerStatistics
+from ..calibration.worker import statistics_path
 from ..executor import Executor
 from ..job import Job
 from ..method_options import D2MoE
-from ..methods.d2moe import Slot, budget_parameters, fixed_ranks, slots
+from ..methods.forms import Form
+from ..methods.grouping import Floats
+from ..methods.limits import budget_parameters, fixed_ranks
+from ..methods.merge import as_array
+from ..methods.slots import Slot, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group
 from ..model.experts import slots_of
 from ..model.merged import MAP_NAME
+from ..offers import Offer, choose
 from ..progress import Reporter
 from .prepare import Prepared
 from .scheme import Decision, Pending, Work, wait_for
-from .units import Workplace, decompose_group, factorise_group, spectra_path, write_table
+from .units import Workplace, decompose_group, factorise_group, read_spectra, spectra_path, write_table
 
 
 @dataclass(frozen=True, slots=True)
 class SlotItem:
-    """One expert's matrix in the budget.
+    """What is given one rank: one expert's matrix, or those of the experts that share a right factor.
 
     Attributes:
-        layer, group, slot, expert: which matrix.
-        item: its size and energies.
+        layer, group, slot, experts: which matrices.
+        item: their size, one on top of the other, and energies.
     """
 
     layer: MoELayer
     group: Group
     slot: Slot
-    expert: int
+    experts: tuple[int, ...]
     item: Item
 
 
@@ -47,7 +52,7 @@ class Factorise:
 
     def __init__(self, job: Job, prepared: Prepared, options: D2MoE) -> None:
         self.job, self.prepared, self.options = job, prepared, options
-        how = options.model_dump(include={"base", "weighting", "gate_up", "align", "damping", "min_tokens"})
+        how = options.model_dump(exclude={"preset", "ratio", "ranks", "alpha", "beta", "alternate"})
         self.place = Workplace(
             checkpoint=prepared.reader.folder,
             statistics=prepared.statistics,
@@ -66,52 +71,92 @@ class Factorise:
         ]
 
     def decide(self, pending: Pending, executor: Executor, reporter: Reporter) -> Decision:
-        """Spends the budget on ranks."""
+        """Spends the budget on forms and ranks."""
         layers, options = self.prepared.layers, self.options
         wait_for("allocate", pending, executor, reporter)
-        items = [
-            entry
-            for layer in layers
-            for group in GROUPS
-            for entry in read_items(self.place.spectra, layer, group, slots(layer, group, options))
+        forms: dict[tuple[str, Group], Form] = {}
+        items: list[SlotItem] = []
+        keys = [(layer, group) for layer in layers for group in GROUPS]
+        parts = [read_items(self.place.spectra, layer, group, slots(layer, group, options)) for layer, group in keys]
+        offers = [
+            [Offer([each.item for each in own], _base_parameters(*key, form)) for form, own in part.items()]
+            for key, part in zip(keys, parts, strict=True)
         ]
-        if options.ranks == "allocated":
-            ranks = allocate([entry.item for entry in items], budget_parameters(layers, options))
-        else:
-            fixed = {(e.layer.path, e.slot.name): fixed_ranks(e.layer, e.slot, options) for e in items}
-            ranks = [fixed[e.layer.path, e.slot.name][e.expert] for e in items]
+        budget = 0 if options.ranks == "full" else budget_parameters(layers, options)
+        chosen = choose(offers, budget)
+        for (layer, group), part, index in zip(keys, parts, chosen, strict=True):
+            forms[layer.path, group] = list(part)[index]
+            items += list(part.values())[index]
+        budget -= sum(part[index].fixed for part, index in zip(offers, chosen, strict=True))
+        matrices = [entry.item for entry in items]
+        ranks = allocate(matrices, budget) if options.ranks == "allocated" else self._fixed(items)
         write_table(self.job.folder / "allocation.parquet", allocation_table(items, ranks))
-        specs: dict[str, dict[str, Any]] = defaultdict(dict)
-        for entry, rank in zip(items, ranks, strict=True):
-            slot = specs[entry.layer.path].setdefault(entry.slot.name, {"ranks": [], "base": options.base != "none"})
-            slot["ranks"].append(rank)
+        specs = {layer.path: self._spec(layer, forms, items, ranks) for layer in layers}
         return Decision(
-            layers=dict(specs),
+            layers=specs,
             config={},
             replaced={name for layer in layers for name in layer.owned},
-            shards=[self._shard(layer, group, specs[layer.path]) for layer in layers for group in GROUPS],
-            provenance=dict(specs),
+            shards=[self._shard(layer, group, forms[layer.path, group], specs[layer.path]) for layer, group in keys],
+            provenance=specs,
             expert_parameters=sum(count_parameters(layer, specs[layer.path]) for layer in layers),
         )
 
-    def _shard(self, layer: MoELayer, group: Group, spec: dict[str, Any]) -> Work:
+    def _fixed(self, items: list[SlotItem]) -> list[int]:
+        """Ranks that are not allocated."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for entry in items:
+            key = entry.layer.path, entry.slot.name
+            if key not in found:
+                weight_E = self._sensitivity(entry.layer, entry.group) if self.options.ranks == "frequency" else None
+                found[key] = fixed_ranks(entry.layer, entry.slot, self.options, weight_E)
+        return [found[entry.layer.path, entry.slot.name][entry.experts[0]] for entry in items]
+
+    def _sensitivity(self, layer: MoELayer, group: Group) -> Floats:
+        """(E,) f^alpha F^beta."""
+        names = ["num_tokens", f"{group}_fisher"]
+        sums = LayerStatistics.load(layer, statistics_path(self.prepared.statistics, layer.path), names)
+        frequency, fisher = (as_array(sums[name]) / max(float(sums[name].sum()), 1e-300) for name in names)
+        return frequency**self.options.alpha * fisher**self.options.beta
+
+    def _spec(
+        self, layer: MoELayer, forms: dict[tuple[str, Group], Form], items: list[SlotItem], ranks: list[int]
+    ) -> dict[str, Any]:
+        spec: dict[str, Any] = {}
+        for entry, rank in zip(items, ranks, strict=True):
+            if entry.layer is not layer:
+                continue
+            form = forms[layer.path, entry.group]
+            slot = spec.setdefault(entry.slot.name, {"ranks": [0] * layer.num_experts})
+            if form.base_of is not None:
+                slot["bases"] = list(form.base_of)
+            if form.share_of is not None:
+                slot["share"] = list(form.share_of)
+            for expert in entry.experts:
+                slot["ranks"][expert] = rank
+        return spec
+
+    def _shard(self, layer: MoELayer, group: Group, form: Form, spec: dict[str, Any]) -> Work:
         own = {slot.name: spec[slot.name] for slot in slots(layer, group, self.options)}
         ranks = {name: entry["ranks"] for name, entry in own.items()}
         mapped = [MAP_NAME] if layer.always_mapped and group == "up" else []
         names = self.prepared.skeleton.disk_names(layer, parameter_names(layer, own) + mapped)
-        return Work(factorise_group, (self.place, layer.path, group, ranks, names))
+        return Work(factorise_group, (self.place, layer.path, group, form, ranks, names))
 
 
-def read_items(spectra: Path, layer: MoELayer, group: Group, of: list[Slot]) -> list[SlotItem]:
-    """The budget's items of one group, from its spectra."""
-    table = pq.read_table(spectra_path(spectra, layer.path, group))
-    energies = table["energy"].combine_chunks()
-    names = table["slot"].to_pylist()
-    return [
-        SlotItem(layer, group, slot, expert, Item(slot.num_rows, slot.num_columns, energies[row].values.to_numpy()))
-        for slot in of
-        for expert, row in enumerate(range(names.index(slot.name), names.index(slot.name) + layer.num_experts))
-    ]
+def read_items(spectra: Path, layer: MoELayer, group: Group, of: list[Slot]) -> dict[Form, list[SlotItem]]:
+    """The budget's items of one group in each form, from its spectra."""
+    return {
+        form: [
+            SlotItem(layer, group, slot, experts, Item(len(experts) * slot.num_rows, slot.num_columns, energy))
+            for slot in of
+            for experts, energy in zip(form.items(layer.num_experts), energies[slot.name], strict=True)
+        ]
+        for form, energies in read_spectra(spectra_path(spectra, layer.path, group)).items()
+    }
+
+
+def _base_parameters(layer: MoELayer, group: Group, form: Form) -> int:
+    return form.num_bases * math.prod(layer.up_shape if group == "up" else layer.down_shape)
 
 
 def allocation_table(items: list[SlotItem], ranks: list[int]) -> pa.Table:
@@ -120,7 +165,8 @@ def allocation_table(items: list[SlotItem], ranks: list[int]) -> pa.Table:
         {
             "layer": [entry.layer.path for entry in items],
             "slot": [entry.slot.name for entry in items],
-            "expert": [entry.expert for entry in items],
+            "expert": [entry.experts[0] for entry in items],
+            "num_experts": [len(entry.experts) for entry in items],
             "rank": ranks,
             "parameters": [parameters(e.item, r) for e, r in zip(items, ranks, strict=True)],
             "error": [error(e.item, r) for e, r in zip(items, ranks, strict=True)],

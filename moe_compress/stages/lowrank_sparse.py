@@ -17,9 +17,12 @@ from ..calibration.worker import pick_device, statistics_path
 from ..checkpoint.writer import ShardInfo, describe_shard, write_shard
 from ..executor import Executor
 from ..method_options import D2MoE, MCSMoE
-from ..methods.d2moe import GroupProblem, slots, sums_used
+from ..methods.d2moe import GroupProblem
+from ..methods.forms import PLAIN
 from ..methods.mcsmoe import choose_columns, column_scores, residual
 from ..methods.merge import Grouping, merge_statistics, merge_weights, shares
+from ..methods.metric import sums_used
+from ..methods.slots import slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group, bias_name, to_canonical, to_stock
 from ..model.experts import INDEX_SUFFIX, FactorisedSlot, slots_of
@@ -80,7 +83,7 @@ def decompose_merged(place: SparsePlace, path: str, group: Group, grouping: Grou
     """Writes the energies of a group of projections of the merged experts."""
     target = spectra_path(place.spectra, path, group)
     if not target.exists():
-        write_spectra(target, _MergedGroup(place, path, group, grouping).problem().energies())
+        write_spectra(target, {PLAIN: _MergedGroup(place, path, group, grouping).problem().energies()})
 
 
 def factorise_merged(
@@ -185,7 +188,7 @@ class LowRankSparse(MergeExperts):
             for layer, group in keys
             for entry in read_items(
                 place.spectra, _with_experts(layer, groupings), group, slots(layer, group, place.factorisation)
-            )
+            )[PLAIN]
         ]
         budget = floor((1 - options.ratio) * sum(layer.num_parameters for layer in layers))
         ranks = allocate([entry.item for entry in items], floor((1 - options.sparse_share) * budget))

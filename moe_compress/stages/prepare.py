@@ -15,7 +15,7 @@ from ..errors import CheckpointError, RecipeError
 from ..job import Job
 from ..method_options import D2MoE
 from ..methods.counts import check_counts
-from ..methods.d2moe import check_ratio
+from ..methods.limits import check_ratio
 from ..model.discovery import MoELayer
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton

@@ -6,13 +6,17 @@ exists does nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,12 +25,17 @@ from ..calibration.worker import pick_device, statistics_path
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.writer import ShardInfo, atomic_write, describe_shard, write_shard
 from ..method_options import D2MoE
-from ..methods.d2moe import GroupProblem, channel_alignment, sums_used
+from ..methods.d2moe import GroupProblem, channel_alignment
+from ..methods.forms import PLAIN, Form, candidates
+from ..methods.metric import sums_used
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, stock_name, to_canonical
 from ..model.merged import MAP_NAME
 from ..model.skeleton import Skeleton
 from ..model.stored_experts import StoredExperts
+
+FORMS_KEY = b"forms"
+"""Key of a spectra table's metadata: its forms, JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,41 +87,75 @@ def align_layer(place: Workplace, path: str) -> None:
     write_shard(target, {"order": channel_alignment(layer, up, down, statistics)})
 
 
-def _problem(place: Workplace, path: str, group: Group) -> GroupProblem:
-    skeleton, layers = open_checkpoint(place.checkpoint)
-    layer = layers[path]
-    statistics = LayerStatistics.load(layer, statistics_path(place.statistics, path), sums_used(place.options, group))
-    order = None
-    if place.options.align:
-        align_layer(place, path)
-        order = load_file(place.alignment / f"{path}.safetensors")["order"]
-    device = pick_device(place.device)
-    return GroupProblem(layer, group, StoredExperts(skeleton, layer, group), statistics, place.options, order, device)
+class _Setup:
+    """Everything that the factorisations of one group of projections of one layer start from."""
+
+    def __init__(self, place: Workplace, path: str, group: Group) -> None:
+        self.place, self.group = place, group
+        self.skeleton, layers = open_checkpoint(place.checkpoint)
+        self.layer = layers[path]
+        used = sums_used(place.options, group)
+        self.statistics = LayerStatistics.load(self.layer, statistics_path(place.statistics, path), used)
+        self.order: Tensor | None = None
+        if place.options.align:
+            align_layer(place, path)
+            self.order = load_file(place.alignment / f"{path}.safetensors")["order"]
+
+    def problem(self, form: Form) -> GroupProblem:
+        """The factorisation in one form."""
+        weight, device = StoredExperts(self.skeleton, self.layer, self.group), pick_device(self.place.device)
+        options = self.place.options
+        return GroupProblem(self.layer, self.group, weight, self.statistics, options, self.order, device, form)
+
+    def forms(self) -> list[Form]:
+        """The forms that the options ask for."""
+        plain = self.problem(PLAIN)
+        return candidates(self.layer, self.group, self.place.options, self.statistics, plain.weights)
 
 
 def decompose_group(place: Workplace, path: str, group: Group) -> None:
-    """Writes the energies of a group's weighted factorisation: (slot, expert, energy list)."""
+    """Writes the energies of a group's weighted factorisation in every form that may be chosen."""
     target = spectra_path(place.spectra, path, group)
     if target.exists():
         return
-    write_spectra(target, _problem(place, path, group).energies())
+    setup = _Setup(place, path, group)
+    write_spectra(target, {form: setup.problem(form).energies() for form in setup.forms()})
 
 
-def write_spectra(target: Path, energies: dict[str, Tensor]) -> None:
-    """Writes energies (E, K) by slot as a table."""
-    table = pa.table(
-        {
-            "slot": [name for name, rows in energies.items() for _ in rows],
-            "expert": [expert for rows in energies.values() for expert in range(len(rows))],
-            "energy": [row.numpy() for rows in energies.values() for row in rows],
-        },
-        schema=pa.schema([("slot", pa.string()), ("expert", pa.int32()), ("energy", pa.list_(pa.float32()))]),
-    )
-    write_table(target, table)
+def write_spectra(target: Path, energies: dict[Form, dict[str, Tensor]]) -> None:
+    """Writes energies (I, K) by form and slot as a table, a row an item; its metadata lists the forms."""
+    rows = [
+        (index, name, row.numpy())
+        for index, by_slot in enumerate(energies.values())
+        for name, energy_IK in by_slot.items()
+        for row in energy_IK
+    ]
+    schema = pa.schema([("form", pa.int32()), ("slot", pa.string()), ("energy", pa.list_(pa.float32()))])
+    forms = json.dumps([asdict(form) for form in energies])
+    table = pa.table(dict(zip(schema.names, zip(*rows, strict=True), strict=True)), schema)
+    write_table(target, table.replace_schema_metadata({FORMS_KEY: forms}))
+
+
+def read_spectra(target: Path) -> dict[Form, dict[str, list[NDArray[np.float32]]]]:
+    """What `write_spectra` wrote: the energies of each item by form and slot."""
+    table = pq.read_table(target)
+    stored = json.loads(table.schema.metadata[FORMS_KEY])
+    forms = [Form(**{name: of and tuple(of) for name, of in each.items()}) for each in stored]
+    found: dict[Form, dict[str, list[NDArray[np.float32]]]] = {form: defaultdict(list) for form in forms}
+    energies = table["energy"].combine_chunks()
+    for row, (index, slot) in enumerate(zip(table["form"].to_pylist(), table["slot"].to_pylist(), strict=True)):
+        found[forms[index]][slot].append(energies[row].values.to_numpy())
+    return found
 
 
 def factorise_group(
-    place: Workplace, path: str, group: Group, ranks: dict[str, list[int]], names: dict[str, str], target: Path
+    place: Workplace,
+    path: str,
+    group: Group,
+    form: Form,
+    ranks: dict[str, list[int]],
+    names: dict[str, str],
+    target: Path,
 ) -> ShardInfo:
     """Writes the factors of a group of one layer as a shard of the output.
 
@@ -120,13 +163,14 @@ def factorise_group(
         place: inputs.
         path: experts module.
         group: `up` or `down`.
+        form: how the experts are put together.
         ranks: slot -> one rank an expert.
         names: parameter of the experts module -> its name on disk.
         target: the shard.
     """
     if target.exists():
         return describe_shard(target)
-    problem = _problem(place, path, group)
+    problem = _Setup(place, path, group).problem(form)
     tensors = problem.factors(ranks, problem.weight_EMN.dtype)
     if MAP_NAME in names:
         tensors[MAP_NAME] = torch.arange(len(problem.weight_EMN))

@@ -7,7 +7,6 @@ taken apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, get_args
 
 import torch
@@ -17,9 +16,9 @@ from moe_compress.calibration.statistics import LayerStatistics
 from moe_compress.linalg.packed import pack
 from moe_compress.method_options import Base, D2MoE
 from moe_compress.methods.d2moe import GroupProblem
+from moe_compress.methods.forms import PLAIN, Form
 from moe_compress.model.discovery import MoELayer
 from moe_compress.model.expert_bank import GROUPS, Group
-from moe_compress.model.experts import FactorisedSlot
 
 Shape = tuple[int, int, bool]
 """hidden_size D, intermediate_size F, has_gate."""
@@ -50,6 +49,7 @@ class Case:
         found.tensors["num_tokens"] = torch.tensor([len(x) for x in self.inputs["up"]])
         for group in GROUPS:
             found.tensors[f"{group}_fisher"] = self.fisher[group]
+            found.tensors[f"{group}_fisher_columns"] = self.fisher_columns(group)
             outputs = [x @ w.T for w, x in zip(self.weight[group], self.inputs[group], strict=True)]
             for side, rows in (("input", self.inputs[group]), ("output", outputs)):
                 if f"{group}_{side}_gram" in found:
@@ -69,8 +69,24 @@ class Case:
         ]
         return torch.stack([r.T @ r for r in rows])
 
-    def problem(self, group: Group, options: D2MoE, order: Tensor | None = None) -> GroupProblem:
-        return GroupProblem(self.layer, group, self.weight[group], self.statistics(), options, order)
+    def fisher_columns(self, group: Group) -> Tensor:
+        """(E, N) Fisher information by input column."""
+        columns, fisher_E1 = torch.linspace(1, 2, self.weight[group].shape[2]), self.fisher[group].float()[:, None]
+        return fisher_E1 * columns**fisher_E1
+
+    def problem(
+        self,
+        group: Group,
+        options: D2MoE,
+        order: Tensor | None = None,
+        form: Form | None = None,
+        statistics: LayerStatistics | None = None,
+    ) -> GroupProblem:
+        """The problem in a form; in that of one base, where the options name a kind and no form is given."""
+        if form is None:
+            form = PLAIN if options.base == "none" else Form((0,) * self.layer.num_experts)
+        statistics = self.statistics() if statistics is None else statistics
+        return GroupProblem(self.layer, group, self.weight[group], statistics, options, order, form=form)
 
 
 def make_case(shape: Shape, num_tokens: tuple[int, ...] = (40, 25, 33, 60), seed: int = 0, decay: float = 0.5) -> Case:
@@ -103,16 +119,17 @@ def rebuilt(
     """Slot -> (E, M, N), what the tensors that `factors` stores stand for."""
     tensors = problem.factors(ranks, dtype)
     out = {}
-    for slot in problem.slots:
-        layout = FactorisedSlot(slot.name, slot.num_rows, slot.num_columns, ranks[slot.name], False)
-        base = tensors.get(f"{slot.name}_base", torch.zeros(()))
-        u, v = (tensors[f"{slot.name}_{part}"].float() for part in "uv")
+    for layout in problem.layouts(ranks):
+        bases = tensors.get(f"{layout.name}_base")
+        u, v = (tensors[f"{layout.name}_{part}"].float() for part in "uv")
         weights = []
-        for expert, (start, stop) in enumerate(pairwise(layout.offsets)):
-            weights.append(u[start:stop].T @ v[start:stop] + base)
+        for expert in range(len(layout.ranks)):
+            weights.append(u[layout.factor_rows(expert)].T @ v[layout.right_rows(expert)])
+            if bases is not None and layout.bases is not None:
+                weights[-1] += bases[layout.bases[expert]]
             if expert in layout.dense_index:
-                weights[-1] = tensors[f"{slot.name}_dense"][layout.dense_index[expert]]
-        out[slot.name] = torch.stack(weights)
+                weights[-1] = tensors[f"{layout.name}_dense"][layout.dense_index[expert]]
+        out[layout.name] = torch.stack(weights)
     return out
 
 

@@ -19,12 +19,11 @@ from moe_compress.linalg.symmetric import damp
 from moe_compress.method_options import D2MoE
 from moe_compress.methods.d2moe import (
     GroupProblem,
-    budget_parameters,
     channel_alignment,
-    check_ratio,
-    fixed_ranks,
-    slots,
 )
+from moe_compress.methods.forms import Form
+from moe_compress.methods.limits import budget_parameters, check_ratio, fixed_ranks
+from moe_compress.methods.slots import slots
 from moe_compress.model.discovery import MoELayer
 from moe_compress.model.expert_bank import GROUPS, Group
 from tests.methods.d2moe_cases import (
@@ -107,26 +106,30 @@ def test_gate_and_up_share_the_right_factor(shape: Shape) -> None:
 def test_base_is_its_formula(base: str, shape: Shape, group: Group) -> None:
     case = make_case(shape)
     options = method(base=base, damping=1e-3)
-    found = case.problem(group, options).base_MN
+    found = case.problem(group, options).bases_BMN
     weights = case.weight[group].double()
     if base == "none":
         assert found is None
         return
+    assert found is not None
     num_tokens, fisher = [len(x) for x in case.inputs[group]], case.fisher[group].tolist()
     factors = {
         "mean": [1.0] * 4,
         "frequency": [n / sum(num_tokens) for n in num_tokens],
         "fisher": fisher,
         "fisher_frequency": [f * n / sum(num_tokens) for f, n in zip(fisher, num_tokens, strict=True)],
+        "fisher_columns": list(case.fisher_columns(group)),
     }
     if base == "closed_form":
         covariances = case.covariances(group, "loss")
         total = sum(covariances)
         ridge = 1e-3 * total.diagonal().mean() * torch.eye(len(total))
-        expected = sum(w @ a for w, a in zip(weights, covariances, strict=True)) @ torch.linalg.inv(total + ridge)
+        mean = weights.mean(0)
+        moment = sum((w - mean) @ a for w, a in zip(weights, covariances, strict=True))
+        expected = mean + moment @ torch.linalg.inv(total + ridge)
     else:
         expected = sum(f * w for f, w in zip(factors[base], weights, strict=True)) / sum(factors[base])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -140,12 +143,12 @@ def test_nothing_is_better_than_the_closed_form_base(weighting: str, group: Grou
 
     def objective(base_MN: Tensor) -> float:
         errors = [weighted_energy(w - base_MN, a) for w, a in zip(case.weight[group], covariances, strict=True)]
-        return sum(errors) + float(ridge * base_MN.square().sum())
+        return sum(errors) + float(ridge * (base_MN - case.weight[group].double().mean(0)).square().sum())
 
     def found(base: str) -> Tensor:
-        base_MN = case.problem(group, method(base=base, weighting=weighting, damping=1e-2)).base_MN
-        assert base_MN is not None
-        return base_MN.double()
+        bases_BMN = case.problem(group, method(base=base, weighting=weighting, damping=1e-2)).bases_BMN
+        assert bases_BMN is not None
+        return bases_BMN[0].double()
 
     best, generator = found("closed_form"), torch.Generator().manual_seed(seed)
     for _ in range(5):
@@ -161,7 +164,7 @@ def test_a_layer_without_tokens_weighs_all_experts_alike(base: str) -> None:
     case = replace(case, fisher=dict.fromkeys(GROUPS, torch.zeros(3).double()))
     for group in GROUPS:
         mean = case.weight[group].mean(0)
-        torch.testing.assert_close(case.problem(group, method(base=base)).base_MN, mean)
+        torch.testing.assert_close(case.problem(group, method(base=base)).bases_BMN, mean[None])
 
 
 def test_a_base_without_the_full_covariance_is_refused() -> None:
@@ -169,7 +172,7 @@ def test_a_base_without_the_full_covariance_is_refused() -> None:
     statistics = case.statistics()
     del statistics.tensors["down_input_loss_gram"]
     with pytest.raises(CompressionError, match="full_covariance: always"):
-        GroupProblem(case.layer, "down", case.weight["down"], statistics, method(base="mean"))
+        GroupProblem(case.layer, "down", case.weight["down"], statistics, method(base="mean"), form=Form((0,) * 4))
 
 
 # --- identity ----------------------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def test_full_rank_is_the_identity_however_bad_the_covariance(shape: Shape, base
         problem = case.problem(group, options)
         ranks = {slot.name: fixed_ranks(case.layer, slot, options) for slot in problem.slots}
         whole = torch.cat(list(rebuilt(problem, ranks).values()), dim=1)
-        largest = 1 if problem.base_MN is None else 1 + float(problem.base_MN.abs().max())
+        largest = 1 if problem.bases_BMN is None else 1 + float(problem.bases_BMN.abs().max())
         torch.testing.assert_close(whole, case.weight[group], rtol=0, atol=2e-6 * largest)
 
 
@@ -195,9 +198,8 @@ def test_a_budget_for_everything_keeps_every_bit(base: str, dtype: torch.dtype) 
     case = make_case((6, 10, True))
     case = replace(case, weight={g: w.to(dtype) for g, w in case.weight.items()})
     for group in GROUPS:
-        problem = GroupProblem(
-            case.layer, group, case.weight[group], make_case((6, 10, True)).statistics(), method(base=base)
-        )
+        statistics = make_case((6, 10, True)).statistics()
+        problem = case.problem(group, method(base=base), statistics=statistics)
         for slot in problem.slots:
             items = [Item(slot.num_rows, slot.num_columns, e.numpy()) for e in problem.energies()[slot.name]]
             ranks = allocate(items, sum(item.dense_parameters for item in items))
@@ -214,9 +216,8 @@ def test_whole_matrices_and_factors_stand_side_by_side() -> None:
         for expert, rank in enumerate(ranks[slot.name]):
             alone = rebuilt(problem, same_ranks(problem, rank))[slot.name]
             assert torch.equal(mixed[slot.name][expert], alone[expert])
-    base = problem.base_MN
-    assert base is not None
-    assert torch.equal(mixed["gate"][2], base[:8])
+    assert problem.bases_BMN is not None
+    assert torch.equal(mixed["gate"][2], problem.bases_BMN[0, :8])
 
 
 # --- alignment ---------------------------------------------------------------------------------------------
@@ -387,8 +388,7 @@ def test_the_ratio_that_a_refusal_names_is_possible_and_hardly_more(
         ask(float(named) + 1.01 * step)
 
 
-@pytest.mark.parametrize("base", ["none", "mean"])
-def test_the_budget_is_what_the_ratio_leaves_less_the_bases(base: str) -> None:
+def test_the_budget_is_what_the_ratio_leaves() -> None:
     layers = [make_case(shape).layer for shape in SHAPES[:2]]
-    # 4 experts of 3 * 6 * 10 and of 3 * 12 * 8 parameters: 1872 in all, of which 468 are one expert of each
-    assert budget_parameters(layers, method(ratio=0.25, base=base)) == 1404 - (468 if base == "mean" else 0)
+    # 4 experts of 3 * 6 * 10 and of 3 * 12 * 8 parameters: 1872 in all
+    assert budget_parameters(layers, method(ratio=0.25)) == 1404

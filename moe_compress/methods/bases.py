@@ -1,0 +1,97 @@
+"""What experts have in common: bases of all experts of a group of projections, or of clusters of them.
+
+For the experts e of one cluster, f_e activation frequency, F_e Fisher information, A_e covariance of the error metric:
+
+    mean 1/n sum W_e;  frequency, fisher, fisher_frequency: weighted means;  fisher_columns: column by column
+    closed_form argmin sum_e ||(W_e - W_b) A_e^1/2||^2 = (sum W_e A_e)(sum A_e)^-1, damped
+
+Source: arXiv 2502.17298 section 3.1 (Fisher) and its ablation (mean, frequency). The closed form is damped towards the
+mean, sum_e W_e / n, not towards zero: where no token went all experts' weights count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..calibration.statistics import LayerStatistics
+from ..linalg.symmetric import damp
+from .metric import ErrorMetric
+
+# Shape suffixes: E experts, B bases, M and N rows and columns, n experts of a block.
+
+_LEAST_DAMPING = 1e-6
+
+
+def weighted_bases(
+    kind: str,
+    metric: ErrorMetric,
+    statistics: LayerStatistics,
+    weight: Callable[[slice], Tensor],
+    base_of: Sequence[int],
+) -> Tensor:
+    """(B, M, N) fp32 means of the experts of each cluster, all weighing alike in one that the text never reached.
+
+    Args:
+        kind: `mean`, `frequency`, `fisher`, `fisher_frequency` or `fisher_columns`.
+        metric: of the group.
+        statistics: what the layer saw.
+        weight: the experts' weights.
+        base_of: the cluster of each expert.
+    """
+    frequency, fisher = statistics["num_tokens"].double(), statistics[f"{metric.group}_fisher"]
+    share_EX = {
+        "mean": torch.ones_like(frequency),
+        "frequency": frequency,
+        "fisher": fisher,
+        "fisher_frequency": fisher * frequency,
+        "fisher_columns": metric.columns(f"{metric.group}_fisher_columns").double().cpu(),
+    }[kind]
+    share_EX = share_EX.view(len(base_of), -1)
+    member_BE = _members(base_of).double()
+    total_BX = member_BE @ share_EX
+    unreached_BX = (total_BX == 0).double()
+    share_EX = share_EX + member_BE.mT @ unreached_BX
+    share_EX = (share_EX / (member_BE.mT @ (member_BE @ share_EX))).to(metric.device, torch.float32)
+    return _sum_by_base(metric, base_of, lambda block: weight(block) * share_EX[block, None])
+
+
+def closed_form_bases(metric: ErrorMetric, weight: Callable[[slice], Tensor], base_of: Sequence[int]) -> Tensor:
+    """(B, M, N) fp32 bases that leave the least weighted error of `weight`."""
+    gram_BNN = _sum_by_base(metric, base_of, metric.gram)
+    moment_BMN = _sum_by_base(metric, base_of, lambda block: weight(block) @ metric.gram(block))
+    mean_BMN = _sum_by_base(metric, base_of, weight) / _members(base_of).sum(1).to(metric.device)[:, None, None]
+    return mean_BMN + solve_bases(gram_BNN, moment_BMN - mean_BMN @ gram_BNN, metric.options.damping)
+
+
+def solve_bases(gram_BNN: Tensor, moment_BMN: Tensor, relative_damping: float) -> Tensor:
+    """(B, M, N) least squares out of sums over the experts of each base: sum_e R_e A_e (sum_e A_e)^-1, damped.
+
+    Args:
+        gram_BNN: sum_e A_e.
+        moment_BMN: sum_e R_e A_e, R_e what is to be explained.
+        relative_damping: of `gram_BNN`.
+    """
+    damped_BNN = damp(gram_BNN, max(relative_damping, _LEAST_DAMPING))
+    return torch.linalg.solve(damped_BNN, moment_BMN, left=False)
+
+
+def _members(base_of: Sequence[int]) -> Tensor:
+    """(B, E) one where an expert belongs to a cluster."""
+    of = torch.tensor(base_of)
+    return (torch.arange(int(of.max()) + 1)[:, None] == of).float()
+
+
+def _sum_by_base(metric: ErrorMetric, base_of: Sequence[int], term: Callable[[slice], Tensor]) -> Tensor:
+    """(B, ...) sums of what `term` gives for the experts of each cluster."""
+    total: Tensor | None = None
+    for block in metric.blocks():
+        part = term(block)
+        if total is None:
+            total = part.new_zeros(max(base_of) + 1, *part.shape[1:])
+        for base, own in zip(base_of[block], part, strict=True):  # one after the other: the same sum on every device
+            total[base] += own
+    assert total is not None
+    return total

@@ -1,0 +1,263 @@
+"""What an error in the weights of a group of projections costs: the covariances that a truncation is weighted with.
+
+    loss        ||(D - X) A_w^1/2||^2           A_w = sum_t ||d_t||^2 x_t x_t^T
+    input       ||(D - X) A^1/2||^2             A = sum_t x_t x_t^T
+    two_sided   ||B^1/2 (D - X) A^1/2||^2 / n   B = sum_t d_t d_t^T, on the larger side its diagonal
+    none        ||D - X||^2
+
+x_t input and d_t gradient at the output of a projection, n tokens. METHODS step 2. On the larger side of a projection
+no covariance of it is needed: of the input's only D A D^T enters, which without a base is the covariance of the outputs
+themselves. Covariances of experts that saw few tokens are shrunk: of inputs and gradients towards the layer's mean, of
+outputs towards what white inputs would put out, since what other experts put out says nothing of this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..calibration.statistics import LayerStatistics, down_side, up_side
+from ..errors import CompressionError
+from ..linalg.factorisation import (
+    Factors,
+    InputRoot,
+    factorise_left,
+    factorise_right,
+    left_gram,
+    right_gram,
+    spectrum,
+)
+from ..linalg.symmetric import damp, shrink_rare, symmetric_product
+from ..method_options import D2MoE
+from ..model.discovery import MoELayer
+from ..model.expert_bank import Group
+
+# Shape suffixes: E experts, M and N rows and columns of a matrix, K the smaller, n experts of a block.
+
+_GRAMS = {"loss": "loss_gram", "input": "gram", "two_sided": "gram"}
+
+Weights = Callable[[slice], Tensor]
+"""(n, M, N) fp32 weights of a block of experts, channels in aligned order."""
+
+
+def input_gram(group: Group, options: D2MoE) -> str | None:
+    """Name of the covariance of the group's inputs that the options weigh errors with; None where they do not."""
+    gram = _GRAMS.get(options.weighting)
+    return gram and f"{group}_input_{gram}"
+
+
+def sums_used(options: D2MoE, group: Group) -> list[str]:
+    """Names of the statistics that a group's problem may read: the rest need not be loaded."""
+    names = ["num_tokens", "router_gram", f"{group}_fisher", f"{group}_fisher_columns"]
+    if gram := _GRAMS.get(options.weighting):
+        names += [f"{group}_input_{gram}", f"{group}_output_{gram}"]
+    if options.weighting == "two_sided":
+        names += [f"{group}_grad_gram", f"{group}_grad_diagonal"]
+    return names
+
+
+class ErrorMetric:
+    """The weighting of one group of projections of one layer.
+
+    Args:
+        layer, group: which.
+        statistics: what the layer saw.
+        options: the recipe's method.
+        order_EC: channels' order (`channel_index`) where experts are aligned, or None.
+        weight: the experts' weights.
+        has_bases: deltas are weighted, not the experts themselves.
+        device: where the arithmetic is done.
+
+    Raises:
+        CompressionError: the statistics lack a covariance that this weighting needs.
+    """
+
+    def __init__(
+        self,
+        layer: MoELayer,
+        group: Group,
+        statistics: LayerStatistics,
+        options: D2MoE,
+        order_EC: Tensor | None,
+        weight: Weights,
+        has_bases: bool,
+        device: torch.device,
+    ) -> None:
+        self.layer, self.group, self.statistics, self.options = layer, group, statistics, options
+        self.device, self._order_EC, self._weight = device, order_EC, weight
+        self.num_columns = layer.up_shape[1] if group == "up" else layer.down_shape[1]
+        self.is_two_sided = options.weighting == "two_sided"
+        side = up_side(layer) if group == "up" else down_side(layer)
+        self.of_output = side == "output" and not has_bases and options.weighting != "none"
+        gram = _GRAMS.get(options.weighting)
+        self._gram_name = gram and f"{group}_{'output' if self.of_output else 'input'}_{gram}"
+        if self._gram_name is not None and self._gram_name not in statistics:
+            raise CompressionError(
+                f"{layer.path}: statistics lack {self._gram_name}; run with calibration.full_covariance: always"
+            )
+
+    def blocks(self) -> Iterator[slice]:
+        """Experts to work on at once: LAPACK gains nothing from a batch, a GPU does."""
+        size = 1 if self.device.type == "cpu" else self.layer.num_experts
+        for start in range(0, self.layer.num_experts, size):
+            yield slice(start, start + size)
+
+    def gram(self, block: slice) -> Tensor:
+        """(n, K, K) fp32 covariances of the inputs, or of the outputs, those of rare experts shrunk."""
+        if self._gram_name is None:
+            return torch.eye(self.num_columns, device=self.device).expand(block.stop - block.start, -1, -1)
+        gram, num_tokens = self._seen(self._gram_name, block), self.num_tokens[block]
+        if not bool((num_tokens < self.options.min_tokens).any()):
+            return gram
+        if not self.of_output:
+            return shrink_rare(gram, num_tokens, self.options.min_tokens, self._mean_gram)
+        weight = self._weight(block)
+        prior = self._white_energy * symmetric_product(weight.mT, weight.mT)
+        return shrink_rare(gram, num_tokens, self.options.min_tokens, prior)
+
+    def gradient_weight(self, block: slice) -> Tensor:
+        """(n, M, M) fp32 covariances of the gradients at the outputs, or (n, M) their diagonals, likewise."""
+        name = f"{self.group}_grad_gram"
+        if name in self.statistics:
+            gram = self._seen(name, block)
+            return shrink_rare(gram, self.num_tokens[block], self.options.min_tokens, self._mean_gradient)
+        diagonal = self._diagonals[block]
+        mean = self._diagonals.sum(0) / self.num_tokens.sum().clamp_min(1)
+        return shrink_rare(diagonal[:, None], self.num_tokens[block], self.options.min_tokens, mean[None])[:, 0]
+
+    def columns(self, name: str) -> Tensor:
+        """(E, N) a sum by input column of the group, channels in aligned order."""
+        sums = self.statistics[name].to(self.device)
+        is_of_channels = self._order_EC is not None and self.group == "down"
+        return sums.gather(1, self._order_EC) if is_of_channels else sums  # type: ignore[arg-type]
+
+    @cached_property
+    def num_tokens(self) -> Tensor:
+        """(E,) tokens of each expert."""
+        return self.statistics["num_tokens"].to(self.device)
+
+    # --- internals -----------------------------------------------------------------------------------------
+
+    def _seen(self, name: str, block: slice) -> Tensor:
+        """(n, K, K) covariances as they were summed, channels in aligned order."""
+        gram = self.statistics.gram(name, block).to(self.device)
+        if self._order_EC is not None and (self.group == "up") == ("_input_" not in name):
+            order = self._order_EC[block]
+            gram = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
+        return gram
+
+    @cached_property
+    def _diagonals(self) -> Tensor:
+        diagonal = self.statistics[f"{self.group}_grad_diagonal"].to(self.device)
+        is_of_channels = self._order_EC is not None and self.group == "up"
+        return diagonal.gather(1, self._order_EC) if is_of_channels else diagonal  # type: ignore[arg-type]
+
+    def _mean(self, name: str) -> Tensor:
+        """(K, K) covariance of one token of the layer; the identity where there was none."""
+        total = torch.stack([self._seen(name, block).sum(0) for block in self.blocks()]).sum(0)
+        num_tokens = int(self.num_tokens.sum())
+        return total / num_tokens if num_tokens else torch.eye(len(total), device=self.device)
+
+    @cached_property
+    def _mean_gram(self) -> Tensor:
+        assert self._gram_name is not None
+        return self._mean(self._gram_name)
+
+    @cached_property
+    def _mean_gradient(self) -> Tensor:
+        return self._mean(f"{self.group}_grad_gram")
+
+    @cached_property
+    def _white_energy(self) -> float:
+        """s for which white inputs, of outputs s W_e W_e^T a token, would put out the energy that the layer's did."""
+        assert self._gram_name is not None
+        energy = white = 0.0
+        for block in self.blocks():
+            energy += float(self._seen(self._gram_name, block).diagonal(dim1=1, dim2=2).sum())
+            white += float((self.num_tokens[block] * self._weight(block).square().sum((1, 2))).sum())
+        return energy / white if white > 0 else 1.0
+
+
+class BlockMetric:
+    """The weighting of a block of experts, for slots of one shape; what they share is computed once.
+
+    Args:
+        metric: of the whole group.
+        block: which experts.
+        num_rows: M of the slots.
+    """
+
+    def __init__(self, metric: ErrorMetric, block: slice, num_rows: int) -> None:
+        self.metric, self.block = metric, block
+        self.is_right = num_rows >= metric.num_columns
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """As `ErrorMetric.gram`."""
+        return self.metric.gram(self.block)
+
+    def energies(self, delta_nMN: Tensor, rows: slice) -> Tensor:
+        """(n, K) squared singular values of the weighted problem of some rows of the group's matrices, descending."""
+        problem = (
+            right_gram(self.weighted(delta_nMN, rows), self._root) if self.is_right else self._left(delta_nMN, rows)
+        )
+        return spectrum(problem).energy_EK / self.scale[:, None]
+
+    def factorise(self, delta_nMN: Tensor, rows: slice, ranks: Sequence[int]) -> list[Factors]:
+        """Best factors of each expert (linalg/factorisation.py)."""
+        if self.is_right:
+            return factorise_right(delta_nMN, self._root, ranks, self.weighted(delta_nMN, rows))
+        root = self._output_root(rows) if self.metric.is_two_sided else None
+        return factorise_left(delta_nMN, self._left(delta_nMN, rows), ranks, root)
+
+    def errors(self, residual_nMN: Tensor, rows: slice) -> Tensor:
+        """(n,) what leaving `residual` out of the weights costs; needs the covariance of the inputs.
+
+        With the damping that `factorise` solves its problem with.
+        """
+        assert not self.metric.of_output
+        weighted = self.weighted(residual_nMN, rows)
+        gram = damp(self.gram, self.metric.options.damping) if self.is_right else self.gram
+        return (weighted @ gram * weighted).sum((1, 2)) / self.scale
+
+    def weighted(self, delta_nMN: Tensor, rows: slice) -> Tensor:
+        """T^T D, T T^T = B the weight on the output side; D itself where there is none."""
+        if not self.metric.is_two_sided:
+            return delta_nMN
+        if self._gradient.dim() == 2:
+            return self._gradient[:, rows].sqrt()[:, :, None] * delta_nMN
+        return self._output_root(rows).root_ENN.mT @ delta_nMN
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """(n,) what energies are divided by: both sums of a two-sided weight run over the tokens."""
+        num_tokens = self.metric.num_tokens[self.block]
+        return (num_tokens if self.metric.is_two_sided else torch.ones_like(num_tokens)).clamp_min(1)
+
+    # --- internals -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _root(self) -> InputRoot:
+        return InputRoot.from_gram(self.gram, self.metric.options.damping)
+
+    @cached_property
+    def _gradient(self) -> Tensor:
+        return self.metric.gradient_weight(self.block)
+
+    def _output_root(self, rows: slice) -> InputRoot:
+        weight = self._gradient
+        gram = weight[:, rows].diag_embed() if weight.dim() == 2 else weight[:, rows, rows]
+        return InputRoot.from_gram(gram, self.metric.options.damping)
+
+    def _left(self, delta_nMN: Tensor, rows: slice) -> Tensor:
+        """(n, M, M) T^T D A D^T T."""
+        if not self.metric.of_output:
+            return left_gram(self.weighted(delta_nMN, rows), self.gram)
+        gram = self.gram[:, rows, rows]
+        if not self.metric.is_two_sided:
+            return gram
+        root = self._output_root(rows).root_ENN
+        return symmetric_product(root, gram @ root)
