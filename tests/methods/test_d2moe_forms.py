@@ -68,10 +68,10 @@ def test_two_sided_energies_are_the_error_and_its_optimum(
                 left, right = (torch.linalg.cholesky(a) for a in (weight, inputs))
                 best = torch.linalg.svdvals(left.T @ delta @ right)[rank:].square().sum() / num_tokens
                 whole = float(energy.sum())
-                assert float(energy[rank:].sum()) == pytest.approx(float(best), rel=1e-3, abs=1e-5 * whole)
+                assert float(energy[rank:].sum()) == pytest.approx(float(best), rel=1e-3, abs=1e-4 * whole)
                 difference = case.weight[group][expert, slot.rows] - found[expert]
                 measured = two_sided_energy(difference, inputs, weight) / num_tokens
-                assert measured == pytest.approx(float(best), rel=1e-3, abs=1e-5 * whole)
+                assert measured == pytest.approx(float(best), rel=1e-3, abs=1e-4 * whole)
 
 
 @pytest.mark.parametrize("group", GROUPS)
