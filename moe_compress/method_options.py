@@ -64,6 +64,7 @@ class D2MoE(Part):
         align: permute each expert's channels towards the layer's most used expert before the base is taken.
         damping: relative to the mean of a covariance's diagonal, where it is inverted.
         min_tokens: experts that saw fewer shrink towards the mean covariance of their layer.
+        sequential: compress twice, the second time from what each layer sees above the compressed ones of the first.
     """
 
     name: Literal["d2moe"]
@@ -82,6 +83,7 @@ class D2MoE(Part):
     align: bool = False
     damping: float = Field(1e-5, ge=0, le=1)
     min_tokens: int = Field(64, ge=0)
+    sequential: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +144,11 @@ class Fewer(Part):
     @property
     def needs_full_covariance(self) -> bool:
         """What merging and pruning read is always there."""
+        return False
+
+    @property
+    def sequential(self) -> bool:
+        """Experts that are left whole are chosen once."""
         return False
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +29,7 @@ class Stage:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}", table_column=Column(width=10)),
+                TextColumn("{task.description}", table_column=Column(width=15)),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[speed]}"),
@@ -81,10 +82,18 @@ class Reporter:
         self.job, self.memory = job, memory
         self.console = console or Console(stderr=True)
         self.stages: dict[str, dict[str, float]] = {}
+        self._suffix = ""
+
+    def again(self) -> Reporter:
+        """This reporter for a second time through the same stages, which it tells apart by their names."""
+        second = copy(self)
+        second._suffix = " again"
+        return second
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
         """Runs a stage of `total` steps."""
+        name += self._suffix
         if self.memory is not None:
             self.memory.take()
         self.event("stage_start", stage=name, total=total)

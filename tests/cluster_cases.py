@@ -37,13 +37,13 @@ def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def write_recipe(
-    path: Path, model: Path, text: Path, output: Path, cluster: dict[str, Any], method: str = "d2moe"
+    path: Path, model: Path, text: Path, output: Path, cluster: dict[str, Any], method: str = "d2moe", **options: Any
 ) -> Path:
     recipe = {
         "model": str(model),
         "output": str(output),
         "calibration": {"text": str(text), "num_sequences": 24, "sequence_length": 64, "batch_size": 4},
-        "method": {"name": method, "ratio": 0.5},
+        "method": {"name": method, "ratio": 0.5, **options},
         "evaluation": {"text": str(text), "sequence_length": 64, "max_windows": 8},
         "cluster": cluster,
     }

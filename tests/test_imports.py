@@ -33,7 +33,7 @@ ALLOWED = {
         *("evaluation", "job", "progress", "executor", "offers"),
     },
     "executor": {"calibration", "process"},
-    "pipeline": {"executor", "job", "progress", "stages"},
+    "pipeline": {"checkpoint", "executor", "job", "progress", "stages"},
     "plan": {
         *("errors", "recipe", "method_options", "budget", "checkpoint", "model", "calibration", "methods"),
         *("stages", "report"),

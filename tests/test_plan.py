@@ -231,6 +231,7 @@ METHODS = [
     {"name": "d2moe", "ratio": 0.5, "base": "mean"},
     {"name": "d2moe", "ratio": 0.4, "preset": "paper"},
     {"name": "d2moe", "ranks": "full"},
+    {"name": "d2moe", "ratio": 0.4, "sequential": True},
     {"name": "msmoe", "ratio": 0.3},
     {"name": "msmoe", "ratio": 0.5, "counts": "uniform", "router": "slice"},
     {"name": "mcsmoe", "ratio": 0.5},

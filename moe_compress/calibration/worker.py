@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import CheckpointReader
 from ..model.discovery import MoELayer
+from ..model.grouped import use_tiled_products
 from ..model.observer import ExpertObserver
 from ..model.skeleton import Skeleton
 from ..model.streamer import (
@@ -55,6 +56,8 @@ class CalibrationSetup:
         sampled_seed: seed of labels drawn from the model; None for the text's own.
         chunk_layers: layers a chunk.
         num_workers: workers that share the chunks.
+        below: a compressed checkpoint of the original whose layers run the forward half, so that every layer of the
+            original is observed on the hidden states that the compressed layers below it hand up; None for its own.
     """
 
     checkpoint: Path
@@ -69,6 +72,7 @@ class CalibrationSetup:
     sampled_seed: int | None
     chunk_layers: int
     num_workers: int
+    below: Path | None = None
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,12 +102,13 @@ class LayerWorker:
         skeleton = Skeleton(CheckpointReader(setup.checkpoint), setup.dtype, pick_device(setup.device))
         self.skeleton = skeleton
         self.streamer = LayerStreamer(skeleton, self._inputs(0))
+        self.passed = skeleton if setup.below is None else self._open(setup.below)
         names, size = self.streamer.names, setup.chunk_layers
         self.chunks = [names[i : i + size] for i in range(0, len(names), size)]
         self.moe = {layer.path: layer for layer in skeleton.moe_layers()}
         self.store = ActivationStore(setup.scratch / f"{index}-{os.getpid()}", setup.activation_bytes)
         self.statistics: dict[str, LayerStatistics] = {}
-        self._loaded: int | None = None
+        self._loaded: tuple[Skeleton, int] | None = None
         self._traced: tuple[int, Trace] | None = None
 
     def describe(self) -> tuple[int, bool]:
@@ -112,7 +117,7 @@ class LayerWorker:
 
     def forward(self, chunk: int, batch: int, hidden: Tensor | None) -> Tensor | None:
         """Runs one chunk on one micro-batch; `hidden` is None for the first chunk or if it is here already."""
-        self._enter(chunk, chunk + self.setup.num_workers)
+        self._enter(self.passed, chunk, chunk + self.setup.num_workers)
         trace = self._trace(batch)
         if chunk == 0:
             hidden = trace.hidden
@@ -123,7 +128,7 @@ class LayerWorker:
             if (call.name, batch) not in self.store:
                 self.store.put((call.name, batch), hidden)
             with torch.no_grad():
-                hidden = self.streamer.run(call, hidden)
+                hidden = self.passed.layers[call.name](hidden, *call.args, **call.kwargs)
         return self._hand_on(hidden, chunk + 1, batch)
 
     def loss(self, batch: int) -> float:
@@ -138,7 +143,7 @@ class LayerWorker:
 
     def backward(self, chunk: int, batch: int, grad: Tensor | None) -> Tensor | None:
         """Recomputes one chunk on one micro-batch, gathers its statistics, gives the gradient of its input."""
-        self._enter(chunk, chunk - self.setup.num_workers)
+        self._enter(self.skeleton, chunk, chunk - self.setup.num_workers)
         give_back()
         if grad is None:
             grad = self.store.pop(("grad", batch))
@@ -169,6 +174,12 @@ class LayerWorker:
 
     # --- internals -----------------------------------------------------------------------------------------
 
+    def _open(self, below: Path) -> Skeleton:
+        """The compressed model, of which only layers are ever loaded: what is around them is the original's."""
+        skeleton = Skeleton(CheckpointReader(below), self.skeleton.dtype, self.skeleton.device)
+        use_tiled_products(skeleton.model)
+        return skeleton
+
     def _inputs(self, batch: int) -> Inputs:
         tokens = self.batches[batch]
         return model_inputs(tokens.input_ids, tokens.attention_mask, tokens.labels)
@@ -190,19 +201,20 @@ class LayerWorker:
                 self._traced = (batch, self.streamer.trace(self._inputs(batch)))
         return self._traced[1]
 
-    def _enter(self, chunk: int, following: int) -> None:
-        if self._loaded == chunk:
+    def _enter(self, skeleton: Skeleton, chunk: int, following: int) -> None:
+        if self._loaded == (skeleton, chunk):
             return
         if self._loaded is not None:
-            for name in self.chunks[self._loaded]:
-                self.skeleton.drop(name)
+            before, dropped = self._loaded
+            for name in self.chunks[dropped]:
+                before.drop(name)
             give_back()
         for name in self.chunks[chunk]:
-            self.skeleton.load(name)
-        self._loaded = chunk
+            skeleton.load(name)
+        self._loaded = skeleton, chunk
         if 0 <= following < len(self.chunks):
             for name in self.chunks[following]:
-                self.skeleton.prefetch(name)
+                skeleton.prefetch(name)
 
     def _is_mine(self, chunk: int) -> bool:
         return chunk % self.setup.num_workers == self.index

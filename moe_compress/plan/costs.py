@@ -1,5 +1,8 @@
 """Memory, disk, network and operations of a job, each by a formula.
 
+A sequential job calibrates, factorises and compresses twice; its second sweep is counted like the first, though the
+compressed layers that run forward there have fewer parameters.
+
 Symbols: n tokens of the calibration text, b tokens of a micro-batch (batch_size x sequence_length), k experts a token,
 D hidden_size, F intermediate_size, M rows of the first projection, E experts, V vocabulary, L layers, w bytes of an
 element in the dtype computed in. The text may be shorter than the recipe asks for; then all that follows is less.
@@ -50,6 +53,7 @@ class Workload:
 
     Attributes:
         dtype: calibration computes in it.
+        passes: through the stages, from calibration to shards.
         num_workers: layer workers; num_units: units of work side by side.
     """
 
@@ -60,6 +64,7 @@ class Workload:
         self.num_tokens = text.num_sequences * text.sequence_length
         self.batch_tokens = min(text.batch_size, text.num_sequences) * text.sequence_length
         self.full = text.full_covariance == "always" or recipe.method.needs_full_covariance
+        self.passes = 2 if recipe.method.sequential else 1
         self.num_workers, self.num_units = _side_by_side(recipe)
 
     # --- bytes ---------------------------------------------------------------------------------------------
@@ -145,25 +150,27 @@ class Workload:
     def disk_bytes(self) -> dict[str, int]:
         """Job folder and output. The output is made of hard links to the job's shards where the disk allows them.
 
-        Statistics: fp32 Grams of all layers. Spectra: min(M, N) fp32 energies a matrix. Spilled: what of the L n D w
+        Statistics: fp32 Grams of all layers. Spectra: min(M, N) fp32 energies a matrix. First pass: shards of the size
+        of the output. Spilled: what of the L n D w
         activations exceeds the workers' limits; gone after the calibration. Tokens: nine bytes each.
         """
         energies = sum(4 * min(slot.num_rows, slot.num_columns) * layer.num_experts for layer, slot in self._slots())
         spilled = self._boundary_bytes() - self.num_workers * self._activation_limit()
         return {
-            "statistics": sum(self._statistics_bytes(layer) for layer in self.model.layers),
-            "spectra": energies,
+            "statistics": self.passes * sum(self._statistics_bytes(layer) for layer in self.model.layers),
+            "spectra": self.passes * energies,
+            "first pass": (self.passes - 1) * self.bytes_after,
             "output": self.bytes_after,
             "spilled activations": max(spilled, 0),
             "tokens": 9 * (self.num_tokens + self._evaluation_tokens()),
         }
 
     def network_bytes(self) -> int:
-        """Hidden states forward and gradients back over every border of two workers: 2 (chunks - 1) n D w."""
+        """Hidden states forward and gradients back over every border of two workers: 2 (chunks - 1) n D w a pass."""
         if self.num_workers == 1:
             return 0
         chunks = ceil(self.model.num_layers / self.recipe.cluster.resident_layers)
-        return 2 * (chunks - 1) * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
+        return self.passes * 2 * (chunks - 1) * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
 
     def _boundary_bytes(self) -> int:
         """The input of every layer for the whole text: L n D w."""
@@ -189,12 +196,13 @@ class Workload:
 
     def flops(self) -> dict[str, float]:
         """Operations of each stage; a multiplication and an addition are two."""
+        length = self.recipe.calibration.sequence_length
         eigen, products = self._factorisation_flops()
         return {
-            "calibrate: model": 3 * self._forward_flops(self.num_tokens, self.recipe.calibration.sequence_length),
-            "calibrate: statistics": self._statistics_flops(),
-            "factorise: eigendecompositions": eigen,
-            "factorise: products": products,
+            "calibrate: model": self.passes * 3 * self._forward_flops(self.num_tokens, length),
+            "calibrate: statistics": self.passes * self._statistics_flops(),
+            "factorise: eigendecompositions": self.passes * eigen,
+            "factorise: products": self.passes * products,
             "merge: alignment": self._alignment_flops(),
             "evaluate": self._evaluation_flops(),
         }

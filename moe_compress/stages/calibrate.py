@@ -10,7 +10,7 @@ import torch
 from ..calibration.text import TokenBatch
 from ..calibration.worker import CalibrationSetup
 from ..checkpoint.writer import atomic_write
-from ..errors import CalibrationError
+from ..errors import CalibrationError, RecipeError
 from ..executor import Executor, Ref, WorkerLost
 from ..job import Job
 from ..progress import Reporter
@@ -28,6 +28,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
 
     Raises:
         CalibrationError: activations are not finite, or workers were lost for good; finished work is kept.
+        RecipeError: the job is sequential and the model's layers cannot run one after the other.
     """
     recipe, text, statistics = prepared.recipe, prepared.recipe.calibration, prepared.statistics
     setup = CalibrationSetup(
@@ -43,6 +44,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         sampled_seed=sampled_seed(recipe),
         chunk_layers=recipe.cluster.resident_layers,
         num_workers=executor.num_workers,
+        below=prepared.below,
     )
     pending: Pending = []
     done = statistics / "done.json"
@@ -52,7 +54,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
     else:
         for losses in range(MAX_WORKER_LOSSES + 1):
             try:
-                seen = _sweep(setup, scheme, executor, reporter, pending)
+                seen = _sweep(job, setup, scheme, executor, reporter, pending)
                 break
             except WorkerLost as lost:
                 job.event("worker_lost", reason=str(lost), losses=losses + 1)
@@ -83,11 +85,16 @@ def _analyse(paths: Iterable[str], scheme: Scheme, executor: Executor, pending: 
 
 
 def _sweep(
-    setup: CalibrationSetup, scheme: Scheme, executor: Executor, reporter: Reporter, pending: Pending
+    job: Job, setup: CalibrationSetup, scheme: Scheme, executor: Executor, reporter: Reporter, pending: Pending
 ) -> list[str]:
     """One forward and backward of the whole calibration text; the paths of the MoE layers it reached."""
     executor.start_workers(setup)
     ((_, (num_chunks, chained)),) = executor.results([executor.call(0, "describe")])
+    if job.recipe.method.sequential and not chained:
+        raise RecipeError(
+            "method.sequential: true cannot be: the layers of this model hand on more than hidden states, so those of"
+            " two checkpoints cannot be mixed; leave sequential out"
+        )
     tokens = TokenBatch.load(setup.tokens)
     sizes = [batch.num_tokens for batch in tokens.batches(setup.batch_size)]
     batches = range(len(sizes))

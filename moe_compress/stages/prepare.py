@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,11 @@ from .tokens import calibration_tokens, check_texts, check_vocabulary, evaluatio
 
 @dataclass(slots=True)
 class Prepared:
-    """What the stages know once every input has been checked."""
+    """What the stages know once every input has been checked.
+
+    Attributes:
+        below: compressed checkpoint whose layers calibration runs forward; None for the original.
+    """
 
     recipe: Recipe
     reader: CheckpointReader
@@ -35,6 +39,7 @@ class Prepared:
     calibration_tokens: Path
     statistics: Path
     evaluation_tokens: Path | None
+    below: Path | None = None
 
     def provenance(self) -> dict[str, Any]:
         """The part of the recipe that decides the bytes of the output, without a path of this machine."""
@@ -64,6 +69,11 @@ def check(recipe: Recipe) -> tuple[CheckpointReader, Skeleton, list[MoELayer]]:
 def _check_kind(recipe: Recipe, skeleton: Skeleton) -> None:
     """What only an encoder-decoder model can be asked for, and what it must tell."""
     config, settings = skeleton.model.config, recipe.evaluation
+    if config.is_encoder_decoder and recipe.method.sequential:
+        raise RecipeError(
+            f"method.sequential: true cannot be: the layers of '{config.model_type}', an encoder-decoder model, hand on"
+            " more than hidden states; leave sequential out"
+        )
     if not config.is_encoder_decoder:
         if settings is not None and settings.generate:
             raise RecipeError(
@@ -194,6 +204,20 @@ def statistics_place(job: Job, recipe: Recipe, source_digest: str, tokens: Path)
     text = recipe.calibration
     made_from = (source_digest, tokens.stem, text.batch_size, text.dtype, sums_full_grams(recipe), sampled_seed(recipe))
     return job.place("statistics", *made_from, recipe.cluster.threads)
+
+
+def first_pass(job: Job, prepared: Prepared) -> Prepared:
+    """The inputs of the job that a sequential one begins with: not sequential, its output in the job folder."""
+    recipe = prepared.recipe
+    method = recipe.method.model_copy(update={"sequential": False})
+    output = job.place("checkpoint", prepared.statistics.name, method.model_dump(mode="json"))
+    return replace(prepared, recipe=recipe.model_copy(update={"method": method, "output": str(output)}))
+
+
+def second_pass(job: Job, prepared: Prepared, below: Path) -> Prepared:
+    """The inputs of a sequential job once its first pass lies at `below`."""
+    outcome = (below / MANIFEST_NAME).read_text()
+    return replace(prepared, statistics=job.place("statistics", prepared.statistics.name, outcome), below=below)
 
 
 def sums_full_grams(recipe: Recipe) -> bool:
