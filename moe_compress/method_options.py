@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -46,6 +47,7 @@ class D2MoE(Part):
 
     Attributes:
         ratio: fraction of the routed-expert parameters to remove.
+        levels: higher ratios, rising, that the same checkpoint can be loaded at; then less of it is read.
         base: what the experts of a layer share. With `none` the experts themselves are factorised.
         weighting: covariance the truncation minimises the error under: `loss` weighs each token by the squared
             gradient at the projection's output, `input` takes all tokens alike, `none` is plain SVD.
@@ -60,6 +62,7 @@ class D2MoE(Part):
     name: Literal["d2moe"]
     preset: Literal["default", "paper"] = "default"
     ratio: OptionalRatio = None
+    levels: list[Ratio] = []
     base: Base = "none"
     weighting: Literal["loss", "input", "none"] = "loss"
     ranks: Literal["allocated", "uniform", "full"] = "allocated"
@@ -83,6 +86,22 @@ class D2MoE(Part):
         elif self.ratio is None:
             raise ValueError("ratio: missing; give the fraction of expert parameters to remove, such as 0.4")
         return self
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> D2MoE:
+        if self.levels and self.ratio is None:
+            raise ValueError(f"levels: {self.levels} are prefixes of what a ratio keeps; leave out ranks: full")
+        ratios = [ratio for ratio in (self.ratio, *self.levels) if ratio is not None]
+        if any(later <= earlier for earlier, later in pairwise(ratios)):
+            raise ValueError(
+                f"levels: {self.levels} must rise, all above ratio {self.ratio}, such as ratio: 0.2, levels: [0.3, 0.4]"
+            )
+        return self
+
+    @property
+    def at_levels(self) -> list[D2MoE]:
+        """The method at each ratio it is loaded at, that of the whole checkpoint first."""
+        return [self.model_copy(update={"ratio": ratio, "levels": []}) for ratio in (self.ratio, *self.levels)]
 
     @property
     def needs_full_covariance(self) -> bool:

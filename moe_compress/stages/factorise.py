@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..budget import Item, allocate, error, parameters
+from ..budget import Item, allocate, allocate_levels, error, parameters
 from ..executor import Executor
 from ..job import Job
 from ..method_options import D2MoE
@@ -19,6 +19,7 @@ from ..methods.d2moe import Slot, budget_parameters, fixed_ranks, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group
 from ..model.experts import slots_of
+from ..model.levels import factor_names, piece_names, spec_at
 from ..model.merged import MAP_NAME
 from ..progress import Reporter
 from .prepare import Prepared
@@ -75,30 +76,42 @@ class Factorise:
             for group in GROUPS
             for entry in read_items(self.place.spectra, layer, group, slots(layer, group, options))
         ]
-        if options.ranks == "allocated":
-            ranks = allocate([entry.item for entry in items], budget_parameters(layers, options))
-        else:
-            fixed = {(e.layer.path, e.slot.name): fixed_ranks(e.layer, e.slot, options) for e in items}
-            ranks = [fixed[e.layer.path, e.slot.name][e.expert] for e in items]
-        write_table(self.job.folder / "allocation.parquet", allocation_table(items, ranks))
+        by_level = self._ranks(items)
+        write_table(self.job.folder / "allocation.parquet", allocation_table(items, by_level[0]))
+        names = [str(ratio) for ratio in (options.ratio, *options.levels)]
         specs: dict[str, dict[str, Any]] = defaultdict(dict)
-        for entry, rank in zip(items, ranks, strict=True):
+        for entry, (rank, *smaller) in zip(items, zip(*by_level, strict=True), strict=True):
             slot = specs[entry.layer.path].setdefault(entry.slot.name, {"ranks": [], "base": options.base != "none"})
             slot["ranks"].append(rank)
+            for name, less in zip(names[1:], smaller, strict=True):
+                slot.setdefault("levels", {}).setdefault(name, []).append(less)
+        whole = {path: spec_at(spec, names[0]) for path, spec in specs.items()}
         return Decision(
             layers=dict(specs),
             config={},
             replaced={name for layer in layers for name in layer.owned},
             shards=[self._shard(layer, group, specs[layer.path]) for layer in layers for group in GROUPS],
             provenance=dict(specs),
-            expert_parameters=sum(count_parameters(layer, specs[layer.path]) for layer in layers),
+            expert_parameters=sum(count_parameters(layer, whole[layer.path]) for layer in layers),
+            levels=names if options.levels else [],
         )
+
+    def _ranks(self, items: list[SlotItem]) -> list[list[int]]:
+        """The rank of each item at each level, the largest first."""
+        layers, at_levels = self.prepared.layers, self.options.at_levels
+        if self.options.ranks == "allocated":
+            budgets = [budget_parameters(layers, at_level) for at_level in at_levels]
+            matrices = [entry.item for entry in items]
+            return allocate_levels(matrices, budgets) if len(budgets) > 1 else [allocate(matrices, budgets[0])]
+        return [[fixed_ranks(e.layer, e.slot, at_level)[e.expert] for e in items] for at_level in at_levels]
 
     def _shard(self, layer: MoELayer, group: Group, spec: dict[str, Any]) -> Work:
         own = {slot.name: spec[slot.name] for slot in slots(layer, group, self.options)}
-        ranks = {name: entry["ranks"] for name, entry in own.items()}
+        ranks = {name: [entry["ranks"], *entry.get("levels", {}).values()] for name, entry in own.items()}
+        whole = spec_at(own, str(self.options.ratio))
         mapped = [MAP_NAME] if layer.always_mapped and group == "up" else []
-        names = self.prepared.skeleton.disk_names(layer, parameter_names(layer, own) + mapped)
+        more = [n for slot in own for name in factor_names(slot) for n in piece_names(name, len(ranks[slot]))[1:]]
+        names = self.prepared.skeleton.disk_names(layer, parameter_names(layer, whole) + more + mapped)
         return Work(factorise_group, (self.place, layer.path, group, ranks, names))
 
 

@@ -24,6 +24,7 @@ from ..method_options import D2MoE
 from ..methods.d2moe import GroupProblem, channel_alignment, sums_used
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, stock_name, to_canonical
+from ..model.levels import factor_names, piece_names, pieces_of, split_rows
 from ..model.merged import MAP_NAME
 from ..model.skeleton import Skeleton
 from ..model.stored_experts import StoredExperts
@@ -112,7 +113,7 @@ def write_spectra(target: Path, energies: dict[str, Tensor]) -> None:
 
 
 def factorise_group(
-    place: Workplace, path: str, group: Group, ranks: dict[str, list[int]], names: dict[str, str], target: Path
+    place: Workplace, path: str, group: Group, ranks: dict[str, list[list[int]]], names: dict[str, str], target: Path
 ) -> ShardInfo:
     """Writes the factors of a group of one layer as a shard of the output.
 
@@ -120,14 +121,19 @@ def factorise_group(
         place: inputs.
         path: experts module.
         group: `up` or `down`.
-        ranks: slot -> one rank an expert.
+        ranks: slot -> for each level, the largest first, one rank an expert.
         names: parameter of the experts module -> its name on disk.
         target: the shard.
     """
     if target.exists():
         return describe_shard(target)
     problem = _problem(place, path, group)
-    tensors = problem.factors(ranks, problem.weight_EMN.dtype)
+    tensors = problem.factors({slot: levels[0] for slot, levels in ranks.items()}, problem.weight_EMN.dtype)
+    for slot, levels in ranks.items():
+        pieces = pieces_of(levels)
+        for name in factor_names(slot):
+            parts = split_rows(tensors.pop(name), pieces)
+            tensors |= zip(piece_names(name, len(parts)), parts, strict=True)
     if MAP_NAME in names:
         tensors[MAP_NAME] = torch.arange(len(problem.weight_EMN))
     return write_shard(target, {names[name]: tensor for name, tensor in tensors.items()})
