@@ -266,6 +266,11 @@ def run(*arguments: object) -> None:
         cli.main()
 
 
+def evaluated(job_dir: Path) -> dict[Path, int]:
+    """The evaluations in a job folder, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in job_dir.glob("evaluation-*.parquet")}
+
+
 def test_a_job_measures_its_levels(
     tiny: Checkpoint, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,11 +297,11 @@ def test_a_job_measures_its_levels(
 
     files = [tmp_path / "small" / "moe_compress.json", tmp_path / "small.job" / "evaluation.json"]
     before = [path.read_bytes() for path in files]
-    windows = {path: path.stat().st_mtime_ns for path in (tmp_path / "small.job").glob("evaluation-*.parquet")}
+    stamps = evaluated(tmp_path / "small.job")
     run("compress", tmp_path / "recipe.yaml")
     assert [path.read_bytes() for path in files] == before
-    assert len(windows) == len(LEVELS)
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in windows.items())
+    assert len(stamps) == len(LEVELS)
+    assert evaluated(tmp_path / "small.job") == stamps
     capfd.readouterr()
 
     run("inspect", tmp_path / "small")

@@ -9,8 +9,8 @@ down projection lie on disk under the stock name `down_proj`, in a shape that no
 stops with a size mismatch. `update_weight_conversions` gives them their own name in memory, and back on saving.
 
 Where a checkpoint has levels (levels.py), one is chosen by `from_pretrained(..., trim="0.5")`, which transformers takes
-because config.json has a field of that name, or by `quantization_config=MoECompressConfig(trim="0.5")`, which reaches
-the text model inside a multimodal checkpoint too. What is saved afterwards is a checkpoint of that level alone.
+because config.json has a field of that name, or by `quantization_config=MoECompressConfig(trim="0.5")`. What is saved
+afterwards is an ordinary checkpoint of that level alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from .experts import GUARD_DISK_NAME, GUARD_NAME, FactorisedExperts
-from .levels import JoinPieces, factor_names, later_pieces, levels_read, piece_names, pieces_of, spec_at
+from .levels import JoinPieces, Pieces, factor_names, later_pieces, levels_read, piece_names, pieces_of, spec_at
 from .merged import map_experts
 from .routing import resize_experts
 from .switch import contract_conversions, put_on_contract
@@ -124,7 +124,7 @@ class MoECompressQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MoECompressConfig
-    _levels: list[dict[str, dict[str, Any]]]
+    _pieces: dict[str, Pieces]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses a format that a later version of this package wrote."""
@@ -137,7 +137,7 @@ class MoECompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         put_on_contract(model)
-        self._choose_level(model)
+        by_level = self._choose_level(model)
         layers = self._layers(model)
         sliced = {path: spec["num_experts"] for path, spec in layers.items() if spec.get("router") == "slice"}
         resized = {count: resize_experts(model, count).model for count in set(sliced.values())}
@@ -150,19 +150,37 @@ class MoECompressQuantizer(HfQuantizer):
             setattr(owner, name, FactorisedExperts(experts, spec) if is_factorised(spec) else _fewer(experts, spec))
             # some blocks initialise their experts, by the stock names; nothing of a checkpoint needs it
             owner._is_hf_initialized = True
+        self._pieces = self._find_pieces(model, by_level)
 
-    def _choose_level(self, model: PreTrainedModel) -> None:
-        """Makes the config that of one level, and the tensors of larger ones no surprise to transformers."""
+    def _choose_level(self, model: PreTrainedModel) -> list[dict[str, dict[str, Any]]]:
+        """Makes the config that of one level, and the tensors of larger ones no surprise to transformers.
+
+        Returns:
+            The layers at each level whose pieces are read, the largest first; none where there are no levels.
+        """
         config = self.quantization_config
-        asked = vars(model.config).pop(TRIM_NAME, None) if config.levels else None
-        asked = asked if config.trim is None else config.trim
-        names = config.levels if asked is None else levels_read(config.levels, str(asked))
-        self._levels = [{path: spec_at(spec, name) for path, spec in config.layers.items()} for name in names]
-        if names:
-            self.quantization_config = MoECompressConfig(self._levels[0], config.format_version)
-        if len(names) < len(config.levels):
+        default = vars(model.config).pop(TRIM_NAME, None) if config.levels else None
+        asked = default if config.trim is None else config.trim
+        read = config.levels if asked is None else levels_read(config.levels, str(asked))
+        by_level = [{path: spec_at(spec, name) for path, spec in config.layers.items()} for name in read]
+        if by_level:
+            self.quantization_config = MoECompressConfig(by_level[0], config.format_version)
+        if len(read) < len(config.levels):
             ignored = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = {*ignored, later_pieces(len(names), len(config.levels))}
+            model._keys_to_ignore_on_load_unexpected = {*ignored, later_pieces(len(read), len(config.levels))}
+        return by_level
+
+    def _find_pieces(self, model: PreTrainedModel, by_level: list[dict[str, dict[str, Any]]]) -> dict[str, Pieces]:
+        """The pieces of each packed tensor of the model; nothing where all lie in one."""
+        if len(by_level) < 2:
+            return {}
+        here = [self._layers(model, layers) for layers in by_level]
+        return {
+            f"{path}.{name}": pieces_of(layers[path][slot.name]["ranks"] for layers in here)
+            for path in here[0]
+            for slot in model.get_submodule(path).slots
+            for name in factor_names(slot.name)
+        }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path in self._layers(model):
@@ -181,22 +199,13 @@ class MoECompressQuantizer(HfQuantizer):
         conversions = super().update_weight_conversions(weight_conversions, model)
         compressed = [(path, model.get_submodule(path)) for path in self._layers(model)]
         guards = [guard_renaming(*each) for each in compressed if hasattr(each[1], guard_of(each[1])[0])]
-        return conversions + guards + self._joins(model) + contract_conversions(model)
+        return conversions + guards + self._joins() + contract_conversions(model)
 
-    def _joins(self, model: PreTrainedModel) -> list[WeightTransform]:
-        """What makes packed tensors of their pieces, where there is more than one."""
-        if len(self._levels) < 2:
-            return []
-        by_level = [self._layers(model, layers) for layers in self._levels]
-        pieces = {
-            f"{path}.{name}": pieces_of(layers[path][slot.name]["ranks"] for layers in by_level)
-            for path in by_level[0]
-            for slot in model.get_submodule(path).slots
-            for name in factor_names(slot.name)
-        }
-        join, num_pieces = JoinPieces(pieces), len(by_level)
-        names = {re.escape("." + path.rpartition(".")[2]) for path in pieces}
-        return [WeightConverter(piece_names(name, num_pieces), name, [join]) for name in sorted(names)]
+    def _joins(self) -> list[WeightTransform]:
+        """What makes packed tensors of their pieces, one a kind of tensor."""
+        join = JoinPieces(self._pieces)
+        num_pieces = {re.escape("." + path.rpartition(".")[2]): len(pieces) for path, pieces in self._pieces.items()}
+        return [WeightConverter(piece_names(name, count), name, [join]) for name, count in num_pieces.items()]
 
     def _layers(self, model: nn.Module, layers: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
         """The compressed layers by their paths in `model`, which may be the base model without its head."""
