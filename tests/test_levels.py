@@ -20,11 +20,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from jobs import cli
 from moe_compress.budget import DENSE, Item, allocate, allocate_levels, parameters
-from moe_compress.checkpoint import CheckpointReader, Manifest, TensorEntry, verify
+from moe_compress.checkpoint import CheckpointReader, Manifest, TensorEntry, read_shard, verify
 from moe_compress.errors import CheckpointError, RecipeError
 from moe_compress.materialize import materialize_checkpoint
 from moe_compress.model.experts import FactorisedExperts
-from moe_compress.model.levels import join_rows, pieces_of, split_rows
+from moe_compress.model.levels import join_rows, piece_position, pieces_of, split_rows
 from moe_compress.model.plugin import MoECompressConfig
 from moe_compress.model.skeleton import Skeleton
 from moe_compress.recipe import parse_recipe
@@ -179,6 +179,13 @@ def test_streaming_reads_the_bytes_of_its_level(mixtral: Path, monkeypatch: pyte
         assert sum(counted) == record.bytes
         whole = load("mixtral", mixtral, trim=name).state_dict()
         assert all(torch.equal(tensor, whole[key]) for key, tensor in skeleton.model.state_dict().items())
+
+
+def test_what_a_level_reads_lies_together(mixtral: Path) -> None:
+    shards = [read_shard(path) for path in mixtral.glob("*.safetensors")]
+    positions = [[piece_position(name) for name, entry in shard.items() if entry.num_bytes] for shard in shards]
+    assert sum(max(each) == len(LEVELS) - 1 for each in positions) > 1
+    assert all(each == sorted(each) for each in positions)
 
 
 def test_both_ways_to_ask_and_none(mixtral: Path) -> None:

@@ -24,7 +24,7 @@ from ..method_options import D2MoE
 from ..methods.d2moe import GroupProblem, channel_alignment, sums_used
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, stock_name, to_canonical
-from ..model.levels import factor_names, piece_names, pieces_of, split_rows
+from ..model.levels import factor_names, piece_names, piece_position, pieces_of, split_rows
 from ..model.merged import MAP_NAME
 from ..model.skeleton import Skeleton
 from ..model.stored_experts import StoredExperts
@@ -136,7 +136,8 @@ def factorise_group(
             tensors |= zip(piece_names(name, len(parts)), parts, strict=True)
     if MAP_NAME in names:
         tensors[MAP_NAME] = torch.arange(len(problem.weight_EMN))
-    return write_shard(target, {names[name]: tensor for name, tensor in tensors.items()})
+    # what a level reads lies together: reading ahead reads little that is not wanted
+    return write_shard(target, {names[name]: tensor for name, tensor in tensors.items()}, order=piece_position)
 
 
 def copy_tensors(checkpoint: Path, names: list[str], target: Path) -> ShardInfo:
