@@ -25,6 +25,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Overrides a key of the recipe, such as method.ratio=0.4.", metavar="KEY=VALUE"),
 ]
+Level = Annotated[str | None, typer.Option("--level", help="Which of its levels, such as 0.5; else the largest.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,6 +76,7 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, compressed or not.")],
     text: Annotated[list[str], typer.Option(help="Text files, or '{dataset: ..., config: ..., split: ...}'.")],
     against: Annotated[str | None, typer.Option(help="The original, to compare with.")] = None,
+    level: Level = None,
     sequence_length: Annotated[int, typer.Option(min=2)] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -99,7 +101,7 @@ def evaluate(
         "batch_size": batch_size,
         "dtype": dtype,
     }
-    scores = run_evaluation_only(checkpoint, against, settings, Console(stderr=True), parquet_out)
+    scores = run_evaluation_only(checkpoint, against, settings, Console(stderr=True), parquet_out, level)
     text_out = json.dumps(scores.to_dict(), indent=2)
     if json_out is not None:
         json_out.write_text(text_out + "\n")
@@ -118,11 +120,12 @@ def inspect(checkpoint: Annotated[str, typer.Argument(help="A checkpoint, compre
 def materialize(
     checkpoint: Annotated[str, typer.Argument(help="A compressed checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder for the dense stock checkpoint.")],
+    level: Level = None,
 ) -> None:
     """Writes a dense stock checkpoint out of a compressed one. It is not smaller than the original."""
     from moe_compress.materialize import materialize_checkpoint
 
-    materialize_checkpoint(checkpoint, output)
+    materialize_checkpoint(checkpoint, output, level)
     typer.echo(f"{output}: dense, as large as the original; load it anywhere")
 
 

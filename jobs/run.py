@@ -20,6 +20,7 @@ from moe_compress.executor import Executor, InProcess
 from moe_compress.job import Job
 from moe_compress.memory import PeakMemory
 from moe_compress.model.architecture import load_config
+from moe_compress.model.levels import level_names, levels_read
 from moe_compress.pipeline import compress
 from moe_compress.progress import Reporter
 from moe_compress.recipe import Cluster, Evaluation, Recipe, parse_part
@@ -85,7 +86,12 @@ def _tell_short(recipe: Recipe, tokens: Path, reporter: Reporter) -> None:
 
 
 def run_evaluation_only(
-    checkpoint: str, against: str | None, settings: dict[str, Any], console: Console, parquet: Path | None = None
+    checkpoint: str,
+    against: str | None,
+    settings: dict[str, Any],
+    console: Console,
+    parquet: Path | None = None,
+    level: str | None = None,
 ) -> Scores:
     """Scores a checkpoint by itself, or beside the original.
 
@@ -94,10 +100,13 @@ def run_evaluation_only(
         settings: the `evaluation` part of a recipe.
         console: for progress.
         parquet: file for the table of windows, if wanted.
+        level: of the checkpoint, if it has several; None for the largest.
     """
     evaluation = parse_part(Evaluation, settings)
     folder = resolve_checkpoint(checkpoint)
     original = None if against is None else resolve_checkpoint(against)
+    if level is not None:
+        levels_read(level_names(CheckpointReader(folder).config), level)
     num_ids = _vocabulary(folder)
     if original is not None and _vocabulary(original) != num_ids:
         raise RecipeError(
@@ -118,6 +127,7 @@ def run_evaluation_only(
                 executor,
                 Reporter(None, console),
                 evaluation.generate,
+                level,
             )
     if parquet is not None:
         write_table(parquet, table)

@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 
 DENSE = -1
 
+Steps = tuple[NDArray[np.float64], NDArray[np.int64]]
+"""What can be bought of a matrix, one after the other: (S,) error removed a parameter, never rising, and (S,)
+parameters."""
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -50,12 +54,8 @@ def error(item: Item, rank: int) -> float:
     return 0.0 if rank == DENSE else float(item.energy[rank:].sum(dtype=np.float64))
 
 
-def segments(item: Item) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The steps along the convex hull: single directions while they pay, then the rest of the whole matrix at once.
-
-    Returns:
-        (S,) error removed a parameter, never rising, and (S,) parameters.
-    """
+def segments(item: Item) -> Steps:
+    """The steps along the convex hull: single directions while they pay, then the rest of the whole matrix at once."""
     width = item.num_rows + item.num_columns
     energy = item.energy.astype(np.float64)
     left = np.append(energy[::-1].cumsum()[::-1], 0.0)
@@ -66,6 +66,16 @@ def segments(item: Item) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     gain = np.append(energy[:rank] / width, left[rank] / to_dense[rank])
     cost = np.append(np.full(rank, width), to_dense[rank])
     return np.minimum.accumulate(gain), cost  # rounding must not let the last step overtake those it builds on
+
+
+def directions(item: Item) -> Steps:
+    """Single directions and never the whole matrix: any number of them is a prefix of any larger number.
+
+    The last direction is left out: factors of full rank are the matrix itself, whose prefixes are no lower ranks.
+    """
+    width = item.num_rows + item.num_columns
+    energy = item.energy[:-1].astype(np.float64)
+    return energy / width, np.full(len(energy), width)
 
 
 def allocate(items: list[Item], budget: int) -> list[int]:
@@ -82,23 +92,57 @@ def allocate(items: list[Item], budget: int) -> list[int]:
     Returns:
         One rank an item.
     """
-    gains, costs = zip(*map(segments, items), strict=True)
-    num_segments = np.array([len(cost) for cost in costs])
-    gain, cost = np.concatenate(gains), np.concatenate(costs)
-    owner = np.repeat(np.arange(len(items)), num_segments)
-    step = np.arange(len(cost)) - np.repeat(num_segments.cumsum() - num_segments, num_segments)
-    order = np.argsort(-gain, kind="stable")
-    spent = cost[order].cumsum()
-    num_whole = int(np.searchsorted(spent, budget, side="right"))
-    bought = np.bincount(owner[order[:num_whole]], minlength=len(items))
-    budget -= int(spent[num_whole - 1]) if num_whole else 0
-    rest = order[num_whole:]
-    for position in rest[cost[rest] <= budget]:
+    hulls = list(map(segments, items))
+    owner, step, cost = _queue(hulls)
+    num_first = _reach(cost, budget)
+    bought = np.bincount(owner[:num_first], minlength=len(items))
+    budget -= int(cost[:num_first].sum())
+    for position in num_first + np.flatnonzero(cost[num_first:] <= budget):
         index = owner[position]
         if cost[position] <= budget and step[position] == bought[index]:  # a segment builds on those before it
             budget -= int(cost[position])
             bought[index] += 1
-    return [DENSE if n == full else int(n) for n, full in zip(bought, num_segments, strict=True)]
+    return [DENSE if n == len(cost) else int(n) for n, (_, cost) in zip(bought, hulls, strict=True)]
+
+
+def allocate_levels(items: list[Item], budgets: list[int]) -> list[list[int]]:
+    """Ranks for several budgets, where those of a smaller one are prefixes of those of a larger one.
+
+    A whole matrix has no prefix. So matrices that the smallest budget keeps whole are whole in all, which costs the
+    others nothing that it could have bought, and the rest has directions only. All budgets go through one queue, each
+    as far as it reaches: what is left over, less than one segment, buys nothing.
+
+    Args:
+        items: matrices with energies in one unit.
+        budgets: parameters to spend on all of them, the largest first.
+
+    Returns:
+        One rank an item, for each budget.
+    """
+    hulls = list(map(segments, items))
+    owner, _, cost = _queue(hulls)
+    bought = np.bincount(owner[: _reach(cost, budgets[-1])], minlength=len(items))
+    is_whole = [n == len(cost) for n, (_, cost) in zip(bought, hulls, strict=True)]
+    steps = [hull if whole else directions(item) for item, hull, whole in zip(items, hulls, is_whole, strict=True)]
+    owner, _, cost = _queue(steps)
+    levels = (np.bincount(owner[: _reach(cost, budget)], minlength=len(items)) for budget in budgets)
+    return [[DENSE if whole else int(n) for n, whole in zip(ranks, is_whole, strict=True)] for ranks in levels]
+
+
+def _queue(steps: list[Steps]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The steps of all items by falling gain: (S,) whose each is, the how manieth of that item, and its parameters."""
+    gains, costs = zip(*steps, strict=True)
+    num_steps = np.array([len(cost) for cost in costs])
+    gain, cost = np.concatenate(gains), np.concatenate(costs)
+    owner = np.repeat(np.arange(len(steps)), num_steps)
+    step = np.arange(len(cost)) - np.repeat(num_steps.cumsum() - num_steps, num_steps)
+    order = np.argsort(-gain, kind="stable")
+    return owner[order], step[order], cost[order]
+
+
+def _reach(cost: NDArray[np.int64], budget: int) -> int:
+    """How many of the first steps a budget pays for."""
+    return int(np.searchsorted(cost.cumsum(), budget, side="right"))
 
 
 def uniform_rank(

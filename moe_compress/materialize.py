@@ -34,21 +34,24 @@ from .errors import CheckpointError, RecipeError
 from .model.discovery import MoELayer
 from .model.expert_bank import GROUPS, stock_name, to_stock
 from .model.experts import FactorisedExperts
+from .model.levels import piece_position
 from .model.merged import MAP_NAME
-from .model.plugin import METHOD
+from .model.plugin import METHOD, TRIM_NAME
 from .model.skeleton import Skeleton
 from .model.switch import stock_tensors
 
 
-def materialize_checkpoint(checkpoint: str | Path, output: Path) -> None:
+def materialize_checkpoint(checkpoint: str | Path, output: Path, level: str | None = None) -> None:
     """Writes the dense form of a compressed checkpoint, in its own dtype, and publishes it at once.
 
     Args:
         checkpoint: a folder or hub id.
         output: the new folder.
+        level: which of its levels, if it has several; None for the largest.
 
     Raises:
-        CheckpointError: the checkpoint is not of our format, its routers are shorter, or it cannot be read.
+        CheckpointError: the checkpoint is not of our format, its routers are shorter, it has no such level, or it
+            cannot be read.
         RecipeError: the output exists or its place cannot be written.
     """
     reader = CheckpointReader(resolve_checkpoint(checkpoint))
@@ -65,7 +68,7 @@ def materialize_checkpoint(checkpoint: str | Path, output: Path) -> None:
             f"checkpoint {checkpoint}: the router of {sliced} is shorter than that of the original, which no stock"
             " checkpoint can say; compress with method.router: shrink, or keep"
         )
-    skeleton = Skeleton(reader)
+    skeleton = Skeleton(reader, level=level)
     try:
         if output.exists():
             raise FileExistsError(None, "exists")
@@ -73,7 +76,7 @@ def materialize_checkpoint(checkpoint: str | Path, output: Path) -> None:
     except OSError as error:
         raise RecipeError(f"output: {output} cannot be made ({error.strerror}); choose another folder") from error
     try:
-        config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in reader.config.items() if key not in ("quantization_config", TRIM_NAME)}
         atomic_write(staging / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
         copy_side_files(reader.folder, staging)
         save_index(staging, _write_shards(skeleton, list(layers), staging))
@@ -88,7 +91,7 @@ def _write_shards(skeleton: Skeleton, paths: list[str], staging: Path) -> list[S
     replaced = {source for path in paths for name in _own(skeleton, path) for source in skeleton.targets[name]}
     rest: dict[Path, dict[str, TensorEntry]] = defaultdict(dict)
     for name, entry in skeleton.reader.entries.items():
-        if name not in replaced:
+        if name not in replaced and not piece_position(name):
             rest[entry.file][name] = entry
     total = len(rest) + len(paths)
     names = iter(f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -46,6 +47,7 @@ class D2MoE(Part):
 
     Attributes:
         ratio: fraction of the routed-expert parameters to remove.
+        levels: higher ratios, rising, that the same checkpoint can be loaded at; then less of it is read.
         base: what the experts of a layer share. With `none` the experts themselves are factorised.
         num_bases: bases of a layer's projections, each of a cluster of experts; `budget` lets the byte budget choose
             none, one or several for each.
@@ -70,6 +72,7 @@ class D2MoE(Part):
     name: Literal["d2moe"]
     preset: Literal["default", "paper"] = "default"
     ratio: OptionalRatio = None
+    levels: list[Ratio] = []
     base: Base = "none"
     num_bases: Annotated[int, Field(ge=1)] | Literal["budget"] = 1
     share: Annotated[int, Field(ge=1)] | Literal["none", "budget"] = "none"
@@ -111,7 +114,25 @@ class D2MoE(Part):
             )
         if self.alternate and (self.base == "none" or self.share != "none" or self.weighting == "two_sided"):
             raise ValueError("alternate: needs a base, share: none and another weighting than two_sided")
+        if self.levels and self.share != "none":
+            raise ValueError(f"levels: {self.levels} are prefixes of each expert's own factors; set share: none")
         return self
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> D2MoE:
+        if self.levels and self.ratio is None:
+            raise ValueError(f"levels: {self.levels} are prefixes of what a ratio keeps; leave out ranks: full")
+        ratios = [ratio for ratio in (self.ratio, *self.levels) if ratio is not None]
+        if any(later <= earlier for earlier, later in pairwise(ratios)):
+            raise ValueError(
+                f"levels: {self.levels} must rise, all above ratio {self.ratio}, such as ratio: 0.2, levels: [0.3, 0.4]"
+            )
+        return self
+
+    @property
+    def at_levels(self) -> list[D2MoE]:
+        """The method at each ratio it is loaded at, that of the whole checkpoint first."""
+        return [self.model_copy(update={"ratio": ratio, "levels": []}) for ratio in (self.ratio, *self.levels)]
 
     @property
     def has_fixed_bases(self) -> bool:

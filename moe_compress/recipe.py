@@ -262,7 +262,7 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: missing; this key is required"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
-    if first["type"] == "value_error" and message.startswith("ratio:"):
+    if first["type"] == "value_error" and message.startswith(("ratio:", "levels:")):
         return f"{where}.{message}"
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 

@@ -1,6 +1,6 @@
 """Safetensors in and out: lazy reader, streaming writer, atomic publish, provenance manifest."""
 
-from .manifest import FileRecord, Manifest, Source, file_records, verify
+from .manifest import FileRecord, LevelRecord, Manifest, Source, file_records, verify
 from .reader import CheckpointReader, content_digest, resolve_checkpoint
 from .shard import TensorEntry, read_shard
 from .writer import (
@@ -18,6 +18,7 @@ from .writer import (
 __all__ = [
     "CheckpointReader",
     "FileRecord",
+    "LevelRecord",
     "Manifest",
     "ShardInfo",
     "Source",

@@ -1,6 +1,7 @@
 """The provenance manifest: what a compressed checkpoint was made from, how, and its files' hashes.
 
-It holds no time and no absolute path, so the same job writes the same bytes anywhere.
+It holds no time and no absolute path, so the same job writes the same bytes anywhere. The perplexity of its levels is
+added once it is measured.
 """
 
 from __future__ import annotations
@@ -38,6 +39,18 @@ class FileRecord(_Record):
     sha256: str
 
 
+class LevelRecord(_Record):
+    """One of the levels that a checkpoint can be loaded at.
+
+    parameters, bytes: of the tensors that are read.
+    perplexity: on the recipe's evaluation text, once it is measured.
+    """
+
+    parameters: int
+    bytes: int
+    perplexity: float | None = None
+
+
 class Manifest(_Record):
     """moe_compress.json.
 
@@ -46,6 +59,7 @@ class Manifest(_Record):
     layers: layer name -> what was done to it: kept and merged ids, ranks.
     parameters: parameter counts, such as {"original": ..., "compressed": ...}.
     files: every other file of the checkpoint, by name.
+    levels: the levels that it can be loaded at, by name, if it has several.
     """
 
     format_version: Literal[1] = 1
@@ -55,11 +69,24 @@ class Manifest(_Record):
     layers: dict[str, dict[str, Any]]
     parameters: dict[str, int]
     files: dict[str, FileRecord]
+    levels: dict[str, LevelRecord] = {}
+
+    def measured(self, perplexity: dict[str, float]) -> Manifest:
+        """With the measured perplexity of each level."""
+        levels = {n: l.model_copy(update={"perplexity": perplexity.get(n)}) for n, l in self.levels.items()}
+        return self.model_copy(update={"levels": levels})
+
+    def unmeasured(self) -> Manifest:
+        """As it was when the checkpoint was published."""
+        return self.measured({})
+
+    def text(self) -> str:
+        """JSON, sorted keys: the same manifest, the same text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
     def save(self, folder: Path) -> None:
-        """Writes the manifest into a checkpoint folder: sorted keys, the same bytes every time."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True)
-        atomic_write(folder / MANIFEST_NAME, text + "\n")
+        """Writes the manifest into a checkpoint folder: the same bytes every time."""
+        atomic_write(folder / MANIFEST_NAME, self.text())
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -74,17 +74,19 @@ def write_shard(
     path: Path,
     tensors: Mapping[str, torch.Tensor | TensorEntry],
     metadata: Mapping[str, str] = PYTORCH_METADATA,
+    order: Callable[[str], int] = lambda name: 0,
 ) -> ShardInfo:
     """Writes one safetensors file; the same tensors give the same bytes.
 
     tensors: name -> tensor of any device and layout, or an entry of another checkpoint, whose bytes
-    are copied unread. Widest dtype first, then by name, as the format asks for alignment.
+    are copied unread. Widest dtype first, as the format asks for alignment, then by `order` of the
+    name, then by name.
     Holds one tensor at a time beyond what the caller holds.
 
     Raises CompressionError for NaN or infinity, a dtype the format lacks or a full disk: the file
     then does not exist, or is still the old one.
     """
-    names = sorted(tensors, key=lambda name: (-_torch_dtype(tensors[name]).itemsize, name))
+    names = sorted(tensors, key=lambda name: (-_torch_dtype(tensors[name]).itemsize, order(name), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     tensor_bytes = 0
     for name in names:

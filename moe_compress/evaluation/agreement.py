@@ -68,10 +68,12 @@ class Scores:
 
 
 @torch.no_grad()
-def streamed_logits(checkpoint: Path, batches: list[Inputs], dtype: str, device: str) -> Iterator[Tensor]:
+def streamed_logits(
+    checkpoint: Path, batches: list[Inputs], dtype: str, device: str, level: str | None = None
+) -> Iterator[Tensor]:
     """(S, V) logits of each window of the micro-batches in order; one layer of the model is in memory at a time."""
     chosen = None if dtype == "auto" else getattr(torch, dtype)
-    skeleton = Skeleton(CheckpointReader(checkpoint), chosen, pick_device(device))
+    skeleton = Skeleton(CheckpointReader(checkpoint), chosen, pick_device(device), level)
     streamer = LayerStreamer(skeleton, batches[0])
     if not streamer.chained:
         for inputs in batches:
@@ -103,12 +105,13 @@ def evaluate_windows(
     device: str,
     start: int,
     stop: int,
+    level: str | None = None,
 ) -> pa.Table:
-    """Scores the micro-batches `start` to `stop` of a tokenised text; one row a window."""
+    """Scores the micro-batches `start` to `stop` of a tokenised text, the checkpoint at a level; one row a window."""
     batches = list(TokenBatch.load(tokens).batches(batch_size))[start:stop]
     inputs = [model_inputs(batch.input_ids, batch.attention_mask, batch.labels) for batch in batches]
     windows = [ids for batch in batches for ids in batch.predicted]
-    logits = streamed_logits(checkpoint, inputs, dtype, device)
+    logits = streamed_logits(checkpoint, inputs, dtype, device, level)
     original = repeat(None, len(windows)) if against is None else streamed_logits(against, inputs, dtype, device)
     return pa.Table.from_pylist([_score(*window) for window in zip(windows, logits, original, strict=True)])
 

@@ -26,11 +26,11 @@ _CONFIG_NAME = "generation_config.json"
 
 
 def score_generated(
-    checkpoint: Path, tokens: Path, batch_size: int, dtype: str, device: str, count: int
+    checkpoint: Path, tokens: Path, batch_size: int, dtype: str, device: str, count: int, level: str | None = None
 ) -> list[tuple[float, float]]:
-    """(exact match, token F1) of the first `count` pairs of a tokenised text, or of all."""
+    """(exact match, token F1) of the first `count` pairs of a tokenised text, or of all, at a level."""
     chosen = None if dtype == "auto" else getattr(torch, dtype)
-    skeleton = Skeleton(CheckpointReader(checkpoint), chosen, pick_device(device))
+    skeleton = Skeleton(CheckpointReader(checkpoint), chosen, pick_device(device), level)
     if (checkpoint / _CONFIG_NAME).exists():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -7,17 +7,23 @@ meta device, and the stock loader fills them.
 Without this plugin the same files must not load with random experts. So the packed right factors of the
 down projection lie on disk under the stock name `down_proj`, in a shape that no stock module has: transformers
 stops with a size mismatch. `update_weight_conversions` gives them their own name in memory, and back on saving.
+
+Where a checkpoint has levels (levels.py), one is chosen by `from_pretrained(..., trim="0.5")`, which transformers takes
+because config.json has a field of that name, or by `quantization_config=MoECompressConfig(trim="0.5")`. What is saved
+afterwards is an ordinary checkpoint of that level alone.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import transformers.quantizers.auto
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
@@ -27,12 +33,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from .experts import GUARD_DISK_NAME, GUARD_NAME, FactorisedExperts
+from .levels import JoinPieces, Pieces, factor_names, later_pieces, levels_read, piece_names, pieces_of, spec_at
 from .merged import map_experts
 from .routing import resize_experts
 from .switch import contract_conversions, put_on_contract
 
 METHOD = "moe_compress"
 FORMAT_VERSION = 1
+
+TRIM_NAME = "trim"
+"""Field of config.json that says which level is loaded; `from_pretrained` takes its name as a keyword."""
 
 
 def guard_of(experts: nn.Module) -> tuple[str, str]:
@@ -73,12 +83,23 @@ class MoECompressConfig(QuantizationConfigMixin):
     Args:
         layers: path of each compressed experts module -> its specification (see `FactorisedExperts`).
         format_version: of this description; a newer one than ours is refused.
+        levels: names of the levels that it can be loaded at, the largest first (see levels.py).
+        trim: the level to load; the largest where nothing is said.
     """
 
-    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, format_version: int = 1, **_: Any) -> None:
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        format_version: int = 1,
+        levels: Sequence[str] = (),
+        trim: float | str | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = METHOD
         self.format_version = format_version
         self.layers = layers or {}
+        self.levels = list(levels)
+        self.trim = trim
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `config.json`."""
@@ -86,7 +107,15 @@ class MoECompressConfig(QuantizationConfigMixin):
             "quant_method": METHOD,
             "format_version": self.format_version,
             "layers": self.layers,
-        }
+        } | ({"levels": self.levels} if self.levels else {})
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a user's config changes of the checkpoint's."""
+        return {"trim": self.trim}
+
+
+# transformers hands the loading attributes of these classes over, and has no function to register another.
+transformers.quantizers.auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MoECompressConfig,)
 
 
 @register_quantizer(METHOD)
@@ -95,6 +124,7 @@ class MoECompressQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MoECompressConfig
+    _pieces: dict[str, Pieces]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses a format that a later version of this package wrote."""
@@ -107,6 +137,7 @@ class MoECompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         put_on_contract(model)
+        by_level = self._choose_level(model)
         layers = self._layers(model)
         sliced = {path: spec["num_experts"] for path, spec in layers.items() if spec.get("router") == "slice"}
         resized = {count: resize_experts(model, count).model for count in set(sliced.values())}
@@ -119,6 +150,37 @@ class MoECompressQuantizer(HfQuantizer):
             setattr(owner, name, FactorisedExperts(experts, spec) if is_factorised(spec) else _fewer(experts, spec))
             # some blocks initialise their experts, by the stock names; nothing of a checkpoint needs it
             owner._is_hf_initialized = True
+        self._pieces = self._find_pieces(model, by_level)
+
+    def _choose_level(self, model: PreTrainedModel) -> list[dict[str, dict[str, Any]]]:
+        """Makes the config that of one level, and the tensors of larger ones no surprise to transformers.
+
+        Returns:
+            The layers at each level whose pieces are read, the largest first; none where there are no levels.
+        """
+        config = self.quantization_config
+        default = vars(model.config).pop(TRIM_NAME, None) if config.levels else None
+        asked = default if config.trim is None else config.trim
+        read = config.levels if asked is None else levels_read(config.levels, str(asked))
+        by_level = [{path: spec_at(spec, name) for path, spec in config.layers.items()} for name in read]
+        if by_level:
+            self.quantization_config = MoECompressConfig(by_level[0], config.format_version)
+        if len(read) < len(config.levels):
+            ignored = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, later_pieces(len(read), len(config.levels))}
+        return by_level
+
+    def _find_pieces(self, model: PreTrainedModel, by_level: list[dict[str, dict[str, Any]]]) -> dict[str, Pieces]:
+        """The pieces of each packed tensor of the model; nothing where all lie in one."""
+        if len(by_level) < 2:
+            return {}
+        here = [self._layers(model, layers) for layers in by_level]
+        return {
+            f"{path}.{name}": pieces_of(layers[path][slot.name]["ranks"] for layers in here)
+            for path in here[0]
+            for slot in model.get_submodule(path).slots
+            for name in factor_names(slot.name)
+        }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path in self._layers(model):
@@ -137,14 +199,20 @@ class MoECompressQuantizer(HfQuantizer):
         conversions = super().update_weight_conversions(weight_conversions, model)
         compressed = [(path, model.get_submodule(path)) for path in self._layers(model)]
         guards = [guard_renaming(*each) for each in compressed if hasattr(each[1], guard_of(each[1])[0])]
-        return conversions + guards + contract_conversions(model)
+        return conversions + guards + self._joins() + contract_conversions(model)
 
-    def _layers(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+    def _joins(self) -> list[WeightTransform]:
+        """What makes packed tensors of their pieces, one a kind of tensor."""
+        join = JoinPieces(self._pieces)
+        num_pieces = {re.escape("." + path.rpartition(".")[2]): len(pieces) for path, pieces in self._pieces.items()}
+        return [WeightConverter(piece_names(name, count), name, [join]) for name, count in num_pieces.items()]
+
+    def _layers(self, model: nn.Module, layers: dict[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
         """The compressed layers by their paths in `model`, which may be the base model without its head."""
         prefix = getattr(model, "base_model_prefix", "") + "."
         names = {name for name, _ in model.named_modules()}
         found = {}
-        for path, spec in self.quantization_config.layers.items():
+        for path, spec in (layers or self.quantization_config.layers).items():
             candidates = (path, path.removeprefix(prefix), prefix + path)
             here = next((c for c in candidates if c in names), None)
             if here is None:

@@ -37,6 +37,7 @@ from ..checkpoint.shard import TensorEntry
 from ..errors import CheckpointError, CompressionError
 from .architecture import load_config, majority_dtype, model_class_of
 from .discovery import MoELayer, find_moe_layers
+from .levels import level_names, levels_read
 from .plugin import guard_of, guard_renaming
 from .switch import contract_conversions, put_on_contract
 
@@ -63,6 +64,7 @@ class Skeleton:
         reader: the checkpoint.
         dtype: dtype to compute in; None for the checkpoint's own.
         device: where loaded layers are put.
+        level: the level to read of a checkpoint that has several; None for the largest.
 
     Attributes:
         model: the stock model class on the meta device, in eval mode, nothing requires grad.
@@ -72,7 +74,8 @@ class Skeleton:
             copied through.
 
     Raises:
-        CheckpointError: the architecture is unknown, or a tensor is missing or has the wrong size.
+        CheckpointError: the architecture is unknown, a tensor is missing or has the wrong size, or there is no such
+            level.
     """
 
     def __init__(
@@ -80,10 +83,14 @@ class Skeleton:
         reader: CheckpointReader,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        level: str | None = None,
     ) -> None:
         self.reader = reader
         self.device = torch.device(device)
         config = load_config(reader)
+        if level is not None:
+            levels_read(level_names(reader.config), level)
+            config.quantization_config["trim"] = level
         source_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
         self.dtype = dtype or source_dtype or majority_dtype(reader)
         self.quantizer = None

@@ -272,10 +272,11 @@ class Workload:
         )
 
     def _evaluation_flops(self) -> float:
-        """Two forwards, original and compressed."""
+        """Two forwards, original and compressed, for each level."""
         if self.recipe.evaluation is None:
             return 0.0
-        return 2 * self._forward_flops(self._evaluation_tokens(), self.recipe.evaluation.sequence_length)
+        num_levels = 1 + len(getattr(self.recipe.method, "levels", []))
+        return 2 * num_levels * self._forward_flops(self._evaluation_tokens(), self.recipe.evaluation.sequence_length)
 
     def _evaluation_tokens(self) -> int:
         """The windows asked for; for a whole text its size, four bytes a token, and nothing if it is not there."""

@@ -43,6 +43,8 @@ def show_job(job_dir: Path, console: Console) -> None:
     except ValueError as error:
         raise RecipeError(f"job_dir: {path} is not JSON ({error}); run moe-compress compress again") from error
     console.print(_quality_table(summary))
+    if summary.get("levels"):
+        console.print(_level_table(summary["levels"], (summary["scores"] or {}).get("levels", {})))
     console.print(_stage_table(summary["stages"]))
 
 
@@ -65,6 +67,20 @@ def _quality_table(summary: dict[str, Any]) -> Table:
             add("token F1, generated", scores["original_token_f1"], scores["token_f1"], "{:.2%}".format)
         table.add_row("top-1 agreement", "", f"{scores['agreement']:.2%}", "")
         table.add_row("KL, nats a token", "", f"{scores['kl']:.4f} ± {scores['kl_error']:.4f}", "")
+    return table
+
+
+def _level_table(levels: dict[str, dict[str, Any]], scores: dict[str, dict[str, float]]) -> Table:
+    """A row a level, the largest first, with what is measured of it."""
+    table = Table(title="levels")
+    for column in ("level", "parameters", "bytes read", "perplexity", "top-1 agreement", "KL, nats a token"):
+        table.add_column(column, justify="left" if column == "level" else "right")
+    for name, level in sorted(levels.items(), key=lambda each: -each[1]["bytes"]):
+        row = [name, f"{level['parameters']:,}", bytes_for_people(level["bytes"])]
+        row.append("" if level["perplexity"] is None else f"{level['perplexity']:.3f}")
+        if name in scores:
+            row += [f"{scores[name]['agreement']:.2%}", f"{scores[name]['kl']:.4f} ± {scores[name]['kl_error']:.4f}"]
+        table.add_row(*row)
     return table
 
 
@@ -109,6 +125,8 @@ def inspect_checkpoint(checkpoint: str, console: Console) -> None:
     console.print(f"{total:,} parameters in {len(reader.entries)} tensors, {len(reader.files)} shards", highlight=False)
     if (reader.folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(reader.folder)
+        if manifest.levels:
+            console.print(_level_table(manifest.model_dump()["levels"], {}))
         made = f"made from {manifest.source.name} by moe-compress {manifest.tool_version}"
         console.print(made, highlight=False, markup=False)
 

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from .. import __version__
-from ..checkpoint.manifest import MANIFEST_NAME, Manifest, Source, file_records
-from ..checkpoint.reader import CONFIG_NAME
+from ..checkpoint.manifest import MANIFEST_NAME, LevelRecord, Manifest, Source, file_records
+from ..checkpoint.reader import CONFIG_NAME, CheckpointReader
 from ..checkpoint.writer import (
     atomic_write,
     copy_side_files,
@@ -20,7 +20,8 @@ from ..checkpoint.writer import (
     save_index,
 )
 from ..errors import RecipeError
-from ..model.plugin import MoECompressConfig
+from ..model.levels import entries_read
+from ..model.plugin import TRIM_NAME, MoECompressConfig
 from ..model.routing import apply_to_json
 from ..progress import Reporter
 from .prepare import Prepared
@@ -36,7 +37,9 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
     output, reader = prepared.recipe.output_path, prepared.reader
     config = apply_to_json(reader.config, prepared.skeleton.model.config, decision.config)
     if decision.layers:
-        config["quantization_config"] = MoECompressConfig(decision.layers).to_dict()
+        config["quantization_config"] = MoECompressConfig(decision.layers, levels=decision.levels).to_dict()
+    if decision.levels:
+        config[TRIM_NAME] = decision.levels[0]
     with reporter.stage("assemble", len(targets)) as stage:
         staging = fresh_staging(output)
         shards = []
@@ -47,16 +50,18 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
         copy_side_files(reader.folder, staging)
         atomic_write(staging / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
         save_index(staging, shards)
-        Manifest(
+        manifest = Manifest(
             tool_version=__version__,
             source=Source(name=_source_name(prepared), digest=prepared.source_digest),
             recipe=prepared.provenance(),
             layers=decision.provenance,
             parameters=_count_parameters(prepared, decision),
             files=file_records(staging, shards),
-        ).save(staging)
+            levels=_levels(staging, decision.levels),
+        )
+        manifest.save(staging)
         if (output / MANIFEST_NAME).exists():
-            if (output / MANIFEST_NAME).read_bytes() != (staging / MANIFEST_NAME).read_bytes():
+            if Manifest.load(output).unmeasured() != manifest:
                 raise RecipeError(
                     f"output: {output} holds a compressed checkpoint of another job; choose another folder or remove it"
                 )
@@ -74,6 +79,16 @@ def _count_parameters(prepared: Prepared, decision: Decision) -> dict[str, int]:
         "compressed": original - experts + kept,
         "experts_original": experts,
         "experts_compressed": kept,
+    }
+
+
+def _levels(folder: Path, names: list[str]) -> dict[str, LevelRecord]:
+    """What each level reads of a checkpoint."""
+    entries = CheckpointReader(folder).entries.values()
+    read = {name: entries_read(entries, len(names) - place) for place, name in enumerate(names)}
+    return {
+        name: LevelRecord(parameters=sum(math.prod(e.shape) for e in own), bytes=sum(e.num_bytes for e in own))
+        for name, own in read.items()
     }
 
 

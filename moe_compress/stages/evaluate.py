@@ -6,49 +6,53 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..calibration.text import TokenBatch
-from ..checkpoint.manifest import MANIFEST_NAME
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.writer import atomic_write
 from ..evaluation.agreement import GENERATED, Scores, evaluate_windows, merge_scores
 from ..evaluation.generation import score_generated
 from ..executor import Executor
 from ..job import Job, digest_of
+from ..model.levels import level_names
 from ..progress import Reporter
 from .prepare import Prepared
 from .units import write_table
 
 
-def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> Scores | None:
-    """Perplexity of both checkpoints and their agreement, window by window."""
+def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> dict[str, Any] | None:
+    """Perplexity of both checkpoints and their agreement, window by window; at each level, if there are several.
+
+    Returns:
+        what `evaluation.json` holds: the scores of the whole checkpoint, and by name those of its levels.
+    """
     settings = prepared.recipe.evaluation
     if settings is None or prepared.evaluation_tokens is None:
         return None
-    output = prepared.recipe.output_path
-    what = (prepared.evaluation_tokens.stem, settings.dtype, settings.generate)
-    made_from = digest_of((output / MANIFEST_NAME).read_text(), *what)
-    target = job.folder / f"evaluation-{made_from}.parquet"
-    if not target.exists():
-        write_table(
-            target,
-            run_evaluation(
-                output,
-                prepared.reader.folder,
-                prepared.evaluation_tokens,
-                settings.batch_size,
-                settings.dtype,
-                prepared.recipe.cluster.device,
-                executor,
-                reporter,
-                settings.generate,
-            ),
-        )
-    scores = merge_scores(pq.read_table(target))
-    atomic_write(job.folder / "evaluation.json", json.dumps(scores.to_dict(), indent=2) + "\n")
-    return scores
+    output, tokens = prepared.recipe.output_path, prepared.evaluation_tokens
+    manifest = Manifest.load(output)
+    names = level_names(CheckpointReader(output).config)
+    levels: list[str | None] = [*names] if names else [None]
+    scores: dict[str | None, Scores] = {}
+    for level in levels:
+        what = (tokens.stem, settings.dtype, settings.generate, level)
+        target = job.folder / f"evaluation-{digest_of(manifest.unmeasured().text(), *what)}.parquet"
+        if not target.exists():
+            how = (tokens, settings.batch_size, settings.dtype, prepared.recipe.cluster.device, executor, reporter)
+            table = run_evaluation(output, prepared.reader.folder, *how, settings.generate, level)
+            write_table(target, table)
+        scores[level] = merge_scores(pq.read_table(target))
+    found = scores[levels[0]].to_dict()
+    if names:
+        found["levels"] = {name: scores[name].to_dict() for name in names}
+        manifest.measured({name: scores[name].perplexity for name in names}).save(output)
+    atomic_write(job.folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def run_evaluation(
@@ -61,16 +65,18 @@ def run_evaluation(
     executor: Executor,
     reporter: Reporter,
     generate: int = 0,
+    level: str | None = None,
 ) -> pa.Table:
     """One row a window: tokens, NLL, and beside the original its NLL, KL divergence and top-1 agreement.
 
-    The first `generate` rows tell besides how the generated targets compare with the given ones.
+    The checkpoint is read at a level, if it has several. The first `generate` rows tell besides how the generated
+    targets compare with the given ones.
     """
     num_batches = math.ceil(len(TokenBatch.load(tokens).input_ids) / batch_size)
     pieces = min(num_batches, executor.num_slots)
     edges = [num_batches * piece // pieces for piece in range(pieces + 1)]
     refs = [
-        executor.submit(evaluate_windows, checkpoint, against, tokens, batch_size, dtype, device, start, stop)
+        executor.submit(evaluate_windows, checkpoint, against, tokens, batch_size, dtype, device, start, stop, level)
         for start, stop in itertools.pairwise(edges)
     ]
     parts: dict[int, pa.Table] = {}
@@ -80,9 +86,9 @@ def run_evaluation(
             stage.advance(1, sum(table["tokens"].to_pylist()))
     table = pa.concat_tables([parts[index] for index in range(len(refs))])
     if generate:
-        models = {"": checkpoint} if against is None else {"": checkpoint, "original_": against}
+        models = {"": (checkpoint, level)} | ({} if against is None else {"original_": (against, None)})
         how = (tokens, batch_size, dtype, device, generate)
-        refs = [executor.submit(score_generated, model, *how) for model in models.values()]
+        refs = [executor.submit(score_generated, model, *how, at) for model, at in models.values()]
         with reporter.stage("generate", len(refs)) as stage:
             for index, rows in executor.results(refs):
                 for name, values in zip(GENERATED, zip(*rows, strict=True), strict=True):

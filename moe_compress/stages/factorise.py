@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..budget import Item, allocate, error, parameters
+from ..budget import Item, allocate, allocate_levels, error, parameters
 from ..calibration.statistics import LayerStatistics
 from ..calibration.worker import statistics_path
 from ..executor import Executor
@@ -23,12 +23,18 @@ from ..methods.slots import Slot, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group
 from ..model.experts import slots_of
+from ..model.levels import factor_names, piece_names, spec_at
 from ..model.merged import MAP_NAME
 from ..offers import Offer, choose
 from ..progress import Reporter
 from .prepare import Prepared
 from .scheme import Decision, Pending, Work, wait_for
 from .units import Workplace, decompose_group, factorise_group, read_spectra, spectra_path, write_table
+
+_SEEN_IN_SPECTRA = {
+    *("base", "num_bases", "share", "cluster_by", "weighting", "gate_up", "align", "damping", "min_tokens"),
+}
+"""Options that the energies depend on; all others only spend them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,9 @@ class Factorise:
 
     def __init__(self, job: Job, prepared: Prepared, options: D2MoE) -> None:
         self.job, self.prepared, self.options = job, prepared, options
-        how = options.model_dump(exclude={"preset", "ratio", "ranks", "alpha", "beta", "alternate"})
+        how = options.model_dump(
+            exclude={"preset", "ratio", "levels", "ranks", "alpha", "beta", "alternate", "sequential"}
+        )
         self.place = Workplace(
             checkpoint=prepared.reader.folder,
             statistics=prepared.statistics,
@@ -82,33 +90,45 @@ class Factorise:
             [Offer([each.item for each in own], _base_parameters(*key, form)) for form, own in part.items()]
             for key, part in zip(keys, parts, strict=True)
         ]
-        budget = 0 if options.ranks == "full" else budget_parameters(layers, options)
-        chosen = choose(offers, budget)
+        smallest = options.at_levels[-1]
+        chosen = choose(offers, 0 if options.ranks == "full" else budget_parameters(layers, smallest))
         for (layer, group), part, index in zip(keys, parts, chosen, strict=True):
             forms[layer.path, group] = list(part)[index]
             items += list(part.values())[index]
-        budget -= sum(part[index].fixed for part, index in zip(offers, chosen, strict=True))
-        matrices = [entry.item for entry in items]
-        ranks = allocate(matrices, budget) if options.ranks == "allocated" else self._fixed(items)
-        write_table(self.job.folder / "allocation.parquet", allocation_table(items, ranks))
-        specs = {layer.path: self._spec(layer, forms, items, ranks) for layer in layers}
+        by_level = self._ranks(items, sum(part[index].fixed for part, index in zip(offers, chosen, strict=True)))
+        write_table(self.job.folder / "allocation.parquet", allocation_table(items, by_level[0]))
+        names = [str(ratio) for ratio in (options.ratio, *options.levels)]
+        specs = {
+            layer.path: self._spec(layer, forms, items, dict(zip(names, by_level, strict=True))) for layer in layers
+        }
+        whole = {path: spec_at(spec, names[0]) for path, spec in specs.items()}
         return Decision(
             layers=specs,
             config={},
             replaced={name for layer in layers for name in layer.owned},
             shards=[self._shard(layer, group, forms[layer.path, group], specs[layer.path]) for layer, group in keys],
             provenance=specs,
-            expert_parameters=sum(count_parameters(layer, specs[layer.path]) for layer in layers),
+            expert_parameters=sum(count_parameters(layer, whole[layer.path]) for layer in layers),
+            levels=names if options.levels else [],
         )
 
-    def _fixed(self, items: list[SlotItem]) -> list[int]:
+    def _ranks(self, items: list[SlotItem], fixed: int) -> list[list[int]]:
+        """The rank of each item at each level, the largest first; `fixed` parameters go to bases."""
+        layers, at_levels = self.prepared.layers, self.options.at_levels
+        if self.options.ranks == "allocated":
+            budgets = [budget_parameters(layers, at_level) - fixed for at_level in at_levels]
+            matrices = [entry.item for entry in items]
+            return allocate_levels(matrices, budgets) if len(budgets) > 1 else [allocate(matrices, budgets[0])]
+        return [self._fixed(items, at_level) for at_level in at_levels]
+
+    def _fixed(self, items: list[SlotItem], options: D2MoE) -> list[int]:
         """Ranks that are not allocated."""
         found: dict[tuple[str, str], list[int]] = {}
         for entry in items:
             key = entry.layer.path, entry.slot.name
             if key not in found:
-                weight_E = self._sensitivity(entry.layer, entry.group) if self.options.ranks == "frequency" else None
-                found[key] = fixed_ranks(entry.layer, entry.slot, self.options, weight_E)
+                weight_E = self._sensitivity(entry.layer, entry.group) if options.ranks == "frequency" else None
+                found[key] = fixed_ranks(entry.layer, entry.slot, options, weight_E)
         return [found[entry.layer.path, entry.slot.name][entry.experts[0]] for entry in items]
 
     def _sensitivity(self, layer: MoELayer, group: Group) -> Floats:
@@ -119,10 +139,14 @@ class Factorise:
         return frequency**self.options.alpha * fisher**self.options.beta
 
     def _spec(
-        self, layer: MoELayer, forms: dict[tuple[str, Group], Form], items: list[SlotItem], ranks: list[int]
+        self,
+        layer: MoELayer,
+        forms: dict[tuple[str, Group], Form],
+        items: list[SlotItem],
+        by_level: dict[str, list[int]],
     ) -> dict[str, Any]:
         spec: dict[str, Any] = {}
-        for entry, rank in zip(items, ranks, strict=True):
+        for index, entry in enumerate(items):
             if entry.layer is not layer:
                 continue
             form = forms[layer.path, entry.group]
@@ -131,15 +155,22 @@ class Factorise:
                 slot["bases"] = list(form.base_of)
             if form.share_of is not None:
                 slot["share"] = list(form.share_of)
+            whole, *levels = by_level
+            for name in levels:
+                slot.setdefault("levels", {}).setdefault(name, [0] * layer.num_experts)
             for expert in entry.experts:
-                slot["ranks"][expert] = rank
+                slot["ranks"][expert] = by_level[whole][index]
+                for name in levels:
+                    slot["levels"][name][expert] = by_level[name][index]
         return spec
 
     def _shard(self, layer: MoELayer, group: Group, form: Form, spec: dict[str, Any]) -> Work:
         own = {slot.name: spec[slot.name] for slot in slots(layer, group, self.options)}
-        ranks = {name: entry["ranks"] for name, entry in own.items()}
+        ranks = {name: [entry["ranks"], *entry.get("levels", {}).values()] for name, entry in own.items()}
+        whole = spec_at(own, str(self.options.ratio))
         mapped = [MAP_NAME] if layer.always_mapped and group == "up" else []
-        names = self.prepared.skeleton.disk_names(layer, parameter_names(layer, own) + mapped)
+        more = [n for slot in own for name in factor_names(slot) for n in piece_names(name, len(ranks[slot]))[1:]]
+        names = self.prepared.skeleton.disk_names(layer, parameter_names(layer, whole) + more + mapped)
         return Work(factorise_group, (self.place, layer.path, group, form, ranks, names))
 
 

@@ -98,7 +98,8 @@ def open_original(recipe: Recipe, reader: CheckpointReader) -> tuple[Skeleton, l
     skeleton = Skeleton(reader)
     layers = skeleton.moe_layers()
     if isinstance(recipe.method, D2MoE):
-        check_ratio(layers, recipe.method)
+        for at_level in recipe.method.at_levels:
+            check_ratio(layers, at_level)
         _check_alignment(layers, recipe.method)
     else:
         check_counts(skeleton.model, layers, recipe.method)

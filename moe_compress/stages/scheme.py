@@ -34,6 +34,7 @@ class Decision:
         provenance: experts path -> what the manifest says of it.
         expert_parameters: routed-expert parameters that are left.
         diagnostics: tables that the shards' work leaves beside them.
+        levels: names of the levels that the checkpoint can be loaded at, the largest first, if it has several.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -43,6 +44,7 @@ class Decision:
     provenance: dict[str, dict[str, Any]]
     expert_parameters: int
     diagnostics: list[Path] = field(default_factory=list)
+    levels: list[str] = field(default_factory=list)
 
 
 Pending = list[Ref]

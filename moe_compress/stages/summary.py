@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.writer import atomic_write
-from ..evaluation.agreement import Scores
 from ..job import Job
 from ..progress import Reporter
 from .prepare import Prepared
@@ -14,8 +14,8 @@ from .prepare import Prepared
 SUMMARY_NAME = "summary.json"
 
 
-def summarise(job: Job, prepared: Prepared, scores: Scores | None, reporter: Reporter) -> None:
-    """Writes parameters, bytes on disk, quality, time and memory of the job."""
+def summarise(job: Job, prepared: Prepared, scores: dict[str, Any] | None, reporter: Reporter) -> None:
+    """Writes parameters, bytes on disk, quality, time and memory of the job, and what each level reads."""
     output = prepared.recipe.output_path
     manifest = Manifest.load(output)
     itemsize = prepared.skeleton.dtype.itemsize
@@ -30,7 +30,8 @@ def summarise(job: Job, prepared: Prepared, scores: Scores | None, reporter: Rep
             "experts_original": manifest.parameters["experts_original"] * itemsize,
             "experts_compressed": manifest.parameters["experts_compressed"] * itemsize,
         },
-        "scores": None if scores is None else scores.to_dict(),
+        "scores": scores,
+        "levels": {name: level.model_dump() for name, level in manifest.levels.items()},
         "stages": reporter.stages,
     }
     atomic_write(job.folder / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")

@@ -30,6 +30,7 @@ from ..methods.forms import PLAIN, Form, candidates
 from ..methods.metric import sums_used
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, stock_name, to_canonical
+from ..model.levels import factor_names, piece_names, piece_position, pieces_of, split_rows
 from ..model.merged import MAP_NAME
 from ..model.skeleton import Skeleton
 from ..model.stored_experts import StoredExperts
@@ -153,7 +154,7 @@ def factorise_group(
     path: str,
     group: Group,
     form: Form,
-    ranks: dict[str, list[int]],
+    ranks: dict[str, list[list[int]]],
     names: dict[str, str],
     target: Path,
 ) -> ShardInfo:
@@ -164,17 +165,23 @@ def factorise_group(
         path: experts module.
         group: `up` or `down`.
         form: how the experts are put together.
-        ranks: slot -> one rank an expert.
+        ranks: slot -> for each level, the largest first, one rank an expert.
         names: parameter of the experts module -> its name on disk.
         target: the shard.
     """
     if target.exists():
         return describe_shard(target)
     problem = _Setup(place, path, group).problem(form)
-    tensors = problem.factors(ranks, problem.weight_EMN.dtype)
+    tensors = problem.factors({slot: levels[0] for slot, levels in ranks.items()}, problem.weight_EMN.dtype)
+    for slot, levels in ranks.items():
+        pieces = pieces_of(levels)
+        for name in factor_names(slot):
+            parts = split_rows(tensors.pop(name), pieces)
+            tensors |= zip(piece_names(name, len(parts)), parts, strict=True)
     if MAP_NAME in names:
         tensors[MAP_NAME] = torch.arange(len(problem.weight_EMN))
-    return write_shard(target, {names[name]: tensor for name, tensor in tensors.items()})
+    # what a level reads lies together: reading ahead reads little that is not wanted
+    return write_shard(target, {names[name]: tensor for name, tensor in tensors.items()}, order=piece_position)
 
 
 def copy_tensors(checkpoint: Path, names: list[str], target: Path) -> ShardInfo:
