@@ -43,7 +43,7 @@ from ..linalg.symmetric import damp, shrink_rare, symmetric_product
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group, channel_index
-from ..model.experts import FactorisedSlot
+from ..model.slots import FactorisedSlot
 from ..model.stored_experts import StoredExperts
 from .merge import align_expert
 
@@ -53,7 +53,7 @@ class Slot:
     """One factorised projection of a layer.
 
     Attributes:
-        name: slot name of model/experts.py.
+        name: slot name of model/slots.py.
         rows: which rows of the group's matrix it covers.
         num_columns: N.
     """
@@ -133,18 +133,18 @@ class GroupProblem:
         return {name: torch.cat(parts) for name, parts in rows.items()}
 
     def factors(self, ranks: dict[str, list[int]], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of the group's slots by parameter name (see model/experts.py), on the CPU.
+        """The tensors of the group's slots by parameter name (see model/slots.py), on the CPU.
 
         Args:
             ranks: slot name -> one rank an expert, DENSE for a whole matrix: the expert's own, to the bit.
             dtype: to store in.
         """
-        has_base = self.base_MN is not None
-        layouts = [FactorisedSlot(s.name, s.num_rows, s.num_columns, ranks[s.name], has_base) for s in self.slots]
+        bases = None if self.base_MN is None else [0] * self.layer.num_experts
+        layouts = [FactorisedSlot(s.name, s.num_rows, s.num_columns, ranks[s.name], bases) for s in self.slots]
         out = {name: torch.empty(shape, dtype=dtype) for layout in layouts for name, shape in layout.shapes().items()}
         for slot, layout in zip(self.slots, layouts, strict=True):
             if self.base_MN is not None:
-                out[f"{slot.name}_base"].copy_(self.base_MN[slot.rows])
+                out[f"{slot.name}_base"][0] = self.base_MN[slot.rows]
             for expert, place in layout.dense_index.items():
                 out[f"{slot.name}_dense"][place] = self._weight(slice(expert, expert + 1))[0, slot.rows]
         for block in self._blocks():

@@ -18,8 +18,8 @@ from ..method_options import D2MoE
 from ..methods.d2moe import Slot, budget_parameters, fixed_ranks, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group
-from ..model.experts import slots_of
 from ..model.merged import MAP_NAME
+from ..model.slots import slots_of
 from ..progress import Reporter
 from .prepare import Prepared
 from .scheme import Decision, Pending, Work, wait_for
@@ -83,7 +83,8 @@ class Factorise:
         write_table(self.job.folder / "allocation.parquet", allocation_table(items, ranks))
         specs: dict[str, dict[str, Any]] = defaultdict(dict)
         for entry, rank in zip(items, ranks, strict=True):
-            slot = specs[entry.layer.path].setdefault(entry.slot.name, {"ranks": [], "base": options.base != "none"})
+            bases = {"bases": [0] * entry.layer.num_experts} if options.base != "none" else {}
+            slot = specs[entry.layer.path].setdefault(entry.slot.name, {"ranks": [], **bases})
             slot["ranks"].append(rank)
         return Decision(
             layers=dict(specs),

@@ -7,7 +7,6 @@ taken apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, get_args
 
 import torch
@@ -19,7 +18,7 @@ from moe_compress.method_options import Base, D2MoE
 from moe_compress.methods.d2moe import GroupProblem
 from moe_compress.model.discovery import MoELayer
 from moe_compress.model.expert_bank import GROUPS, Group
-from moe_compress.model.experts import FactorisedSlot
+from moe_compress.model.slots import FactorisedSlot
 
 Shape = tuple[int, int, bool]
 """hidden_size D, intermediate_size F, has_gate."""
@@ -104,12 +103,13 @@ def rebuilt(
     tensors = problem.factors(ranks, dtype)
     out = {}
     for slot in problem.slots:
-        layout = FactorisedSlot(slot.name, slot.num_rows, slot.num_columns, ranks[slot.name], False)
-        base = tensors.get(f"{slot.name}_base", torch.zeros(()))
+        layout = FactorisedSlot(slot.name, slot.num_rows, slot.num_columns, ranks[slot.name])
+        base = tensors.get(f"{slot.name}_base", torch.zeros(1))[0]
         u, v = (tensors[f"{slot.name}_{part}"].float() for part in "uv")
         weights = []
-        for expert, (start, stop) in enumerate(pairwise(layout.offsets)):
-            weights.append(u[start:stop].T @ v[start:stop] + base)
+        for expert in range(len(layout.ranks)):
+            rows = layout.factor_rows(expert)
+            weights.append(u[rows].T @ v[rows] + base)
             if expert in layout.dense_index:
                 weights[-1] = tensors[f"{slot.name}_dense"][layout.dense_index[expert]]
         out[slot.name] = torch.stack(weights)
