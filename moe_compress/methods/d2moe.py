@@ -28,7 +28,7 @@ from ..linalg.factorisation import InputRoot, project_right, right_gram, shared_
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, channel_index
-from ..model.experts import FactorisedSlot
+from ..model.slots import FactorisedSlot
 from ..model.stored_experts import StoredExperts
 from .bases import closed_form_bases, solve_bases, weighted_bases
 from .forms import PLAIN, Form

@@ -23,13 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..model.experts import FactorisedSlot
+from ..model.slots import FactorisedSlot
 
 
 def residual(weight_MN: Tensor, factors: dict[str, Tensor], slot: FactorisedSlot, expert: int) -> Tensor:
     """(M, N) fp32 what the stored factors of one expert leave of its matrix."""
-    rows = slot.factor_rows(expert)
-    u, v = factors[f"{slot.name}_u"][rows].float(), factors[f"{slot.name}_v"][rows].float()
+    u = factors[f"{slot.name}_u"][slot.factor_rows(expert)].float()
+    v = factors[f"{slot.name}_v"][slot.right_rows(expert)].float()
     return torch.addmm(weight_MN.float(), u.mT, v, alpha=-1)
 
 

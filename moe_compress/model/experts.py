@@ -1,115 +1,39 @@
 """The nn.Module of factorised experts, and of low-rank + sparse ones.
 
-Shapes: E stored experts, T tokens, S = T * top_k routed pairs, M and N rows and columns of a projection, R the sum of
-the ranks of all experts, C the sum of their sparse columns. A *slot* is one factorised projection:
+What its tensors are called, their shapes and whose they are: slots.py. How rows come to experts: routes.py.
 
-    W_e = base + U_e V_e + S_e rank_e >= 0: rows of the packed `u` (R, M) and `v` (R, N), U_e = u[rows].T
-    W_e = dense[k]             rank_e = DENSE: cheaper than factors beyond the break-even rank M N / (M + N)
+The forward of one layer, x a token, g_e its router weights (arXiv 2502.17298, section 3.4):
 
-S_e is zero but for some columns: those lie packed in `s` (C, M), their numbers in `columns` (C,).
+    h_e = act(base x + U_e V_e x + ...)               the base of the first projections once a token
+    y   = base (sum_e g_e h_e) + sum_e g_e U_e V_e h_e     the base of down once a token too, on the weighted sum
 
-Slots are `gate_up` (rows [gate; up], one factorisation), or `gate` and `up` apart, or `up` where there is no gate,
-and `down`.
+A norm between down and the weights forbids the latter: then every routed row goes through the base. So it does where
+there are more bases than experts a token; the rows of a base go through it together.
+
+Shapes: T tokens, K choices of each, S rows of a route, M and N rows and columns of a projection, D hidden size,
+F intermediate size, B bases, C of their columns stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
+from math import prod
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bases import Bases, ColumnNorms, lay_out_by_column
 from .discovery import always_mapped
 from .merged import MAP_NAME, register_map, shorten
-
-DENSE: Final = -1
-"""In a list of ranks: this expert keeps its whole matrix."""
-
-INDEX_SUFFIX: Final = "_columns"
-"""Ends the name of a slot's tensor of column numbers, int32; all other tensors are parameters."""
+from .products import Term
+from .routes import Route, RouteName, choose, constant, is_static, make_route
+from .slots import INDEX_SUFFIX, FactorisedSlot, slots_of
 
 GUARD_NAME: Final = "down_v"
 GUARD_DISK_NAME: Final = "down_proj"
 """`down_v` lies on disk under the stock name, so that stock code stops at its shape (see plugin.py)."""
-
-
-class FactorisedSlot:
-    """Names and shapes of the tensors of one slot; the tensors themselves are parameters of the experts module.
-
-    Args:
-        name: slot name.
-        num_rows: M, output features.
-        num_columns: N, input features.
-        ranks: one an expert, DENSE for a whole matrix.
-        base: the experts of the slot share a base matrix.
-        num_sparse: sparse columns of each expert; None for none.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        num_rows: int,
-        num_columns: int,
-        ranks: list[int],
-        bases: list[int] | None = None,
-        share: list[int] | None = None,
-        num_sparse: list[int] | None = None,
-    ) -> None:
-        self.name, self.num_rows, self.num_columns = name, num_rows, num_columns
-        self.ranks, self.bases = list(ranks), bases
-        self.share = share or list(range(len(ranks)))
-        self.offsets = list(accumulate((max(rank, 0) for rank in ranks), initial=0))
-        own = (max(rank, 0) if self.share[e] == e else 0 for e, rank in enumerate(ranks))
-        self.right_offsets = list(accumulate(own, initial=0))
-        self.sparse_offsets = list(accumulate(num_sparse or [0] * len(ranks), initial=0))
-        dense = [e for e, rank in enumerate(self.ranks) if rank == DENSE]
-        self.dense_index = {e: k for k, e in enumerate(dense)}
-
-    def factor_rows(self, expert: int) -> slice:
-        """Where an expert's factors lie in the packed `u` and `v`."""
-        return slice(self.offsets[expert], self.offsets[expert + 1])
-
-    def right_rows(self, expert: int) -> slice:
-        """Where the right factor that an expert uses lies in the packed `v`."""
-        start = self.right_offsets[self.share[expert]]
-        return slice(start, start + max(self.ranks[expert], 0))
-
-    def sparse_rows(self, expert: int) -> slice:
-        """Where an expert's sparse columns lie in the packed `s` and `columns`."""
-        return slice(self.sparse_offsets[expert], self.sparse_offsets[expert + 1])
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor of the slot, by its parameter name."""
-        total, rows, columns = self.offsets[-1], self.num_rows, self.num_columns
-        shapes: dict[str, tuple[int, ...]] = {
-            f"{self.name}_u": (total, rows),
-            f"{self.name}_v": (self.right_offsets[-1], columns),
-        }
-        if self.dense_index:
-            shapes[f"{self.name}_dense"] = (len(self.dense_index), rows, columns)
-        if self.bases is not None:
-            shapes[f"{self.name}_base"] = (max(self.bases) + 1, rows, columns)
-        if num_sparse := self.sparse_offsets[-1]:
-            shapes[f"{self.name}_s"] = (num_sparse, rows)
-            shapes[f"{self.name}{INDEX_SUFFIX}"] = (num_sparse,)
-        return shapes
-
-
-def slots_of(spec: dict[str, Any], num_rows_up: int, hidden_size: int, inner: int) -> list[FactorisedSlot]:
-    """The slots of a layer's specification `{slot: {"ranks": [...], "base": bool, "num_sparse": [...]}}`.
-
-    First projections come first; keys of the specification that name no slot are others' business.
-    """
-    shapes = {
-        "gate_up": (num_rows_up, hidden_size),
-        "gate": (inner, hidden_size),
-        "up": (inner, hidden_size),
-        "down": (hidden_size, inner),
-    }
-    return [FactorisedSlot(name, *shapes[name], **spec[name]) for name in shapes if name in spec]
 
 
 class FactorisedExperts(nn.Module):
@@ -121,6 +45,11 @@ class FactorisedExperts(nn.Module):
     Args:
         template: the model's own experts module, on any device; its projections are not used.
         spec: the layer's entry of `quantization_config.layers`.
+
+    Attributes:
+        slots: the factorised projections, down last.
+        route: forces one of the routes of routes.py; None chooses at every call.
+        skip_base_columns: whether slots with `skip` skip.
     """
 
     # taken over from the stock module
@@ -162,6 +91,17 @@ class FactorisedExperts(nn.Module):
                 else:
                     tensor = torch.empty(shape, dtype=down.dtype, device=down.device)
                     self.register_parameter(name, nn.Parameter(tensor))
+        self.route: RouteName | None = None
+        self.skip_base_columns = True
+        self._norms = ColumnNorms()
+        based = next((slot for slot in self.slots if slot.num_bases), self.slots[0])
+        self._order = sorted(range(count), key=lambda expert: based.bases[expert])
+        sizes = sum(prod(s) for slot in self.slots for n, s in slot.shapes().items() if not n.endswith(INDEX_SUFFIX))
+        self._bytes_an_expert = sizes * down.element_size() / max(count, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorisedExperts:
+        self._norms.forget()
+        return super()._apply(fn, recurse)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self._template_class._apply_gate(self, gate_up)
@@ -179,94 +119,111 @@ class FactorisedExperts(nn.Module):
         """
         if hasattr(self, MAP_NAME):
             top_k_index = self.expert_map[top_k_index]
-        num_tokens, top_k = top_k_index.shape
-        ids_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
-        token_S = order_S // top_k
-        counts = torch.bincount(ids_S, minlength=self.num_experts).tolist()
-        inner_SF = self._activate(self._first(hidden_states, token_S, counts), ids_S)
-        out_SD = self._slot(self.slots[-1], inner_SF, inner_SF, None, counts)
-        if self.has_bias:
-            out_SD = out_SD + self.down_proj_bias[ids_S]
-        if self.has_post_expert_norm:
-            out_SD = self.post_expert_norm(out_SD)
-        out_SD = out_SD * top_k_weights.reshape(-1)[order_S, None]
-        place_S = torch.empty_like(order_S)
-        place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-        mixed = out_SD[place_S].view(num_tokens, top_k, -1).sum(dim=1)
-        return mixed.to(hidden_states.dtype)
+        name = self.route or choose(top_k_index, self.num_experts, self._bytes_an_expert)
+        route = make_route(name, top_k_index, self._order, hidden_states)
+        *first, down = self.slots
+        x_SD = route.spread(hidden_states)
+        up_SM = [self._first(slot, x_SD, hidden_states, route) for slot in first]
+        inner_SF = self._activate(up_SM[0] if len(up_SM) == 1 else torch.cat(up_SM, dim=-1), route)
+        return self._down(down, inner_SF, top_k_weights, route).to(hidden_states.dtype)
 
-    def _first(self, hidden_TD: Tensor, token_S: Tensor, counts: list[int]) -> Tensor:
-        """(S, M) outputs of gate and up, rows sorted by expert."""
-        routed_SD = hidden_TD[token_S]
-        return torch.cat(
-            [self._slot(slot, routed_SD, hidden_TD, token_S, counts) for slot in self.slots[:-1]],
-            dim=-1,
-        )
+    def _first(self, slot: FactorisedSlot, x_SD: Tensor, hidden_TD: Tensor, route: Route) -> Tensor:
+        """(S, M) outputs of a first projection, without bias."""
+        terms = []
+        if slot.num_bases:
+            bases = self._bases(slot)
+            x_TC = bases.stored(hidden_TD)
+            if -1 in slot.bases:
+                x_TC = x_TC * (self._base_of(slot, route) >= 0).any(1, keepdim=True)
+            if slot.num_bases <= route.top_k:
+                terms.append(Term("pick", bases.product(x_TC), None, slot.based))
+            else:
+                x_TC, base_BMC = bases.narrowed(x_TC, bases.kept(x_TC))
+                terms.append(Term("contract", route.spread(x_TC), base_BMC.flatten(0, 1), slot.based))
+        return self._factors(slot, x_SD, hidden_TD, terms, route)
 
-    def _activate(self, up_SM: Tensor, ids_S: Tensor) -> Tensor:
+    def _activate(self, up_SM: Tensor, route: Route) -> Tensor:
         """Bias, gate and activation, in the layout that the stock module's `_apply_gate` reads."""
         if self.has_gate and not self.is_concatenated:
             up_SM = torch.stack(up_SM.chunk(2, dim=-1), dim=-1).flatten(-2)
         if self.has_bias:
-            up_SM = up_SM + (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias)[ids_S]
+            bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
+            up_SM = up_SM + bias[route.expert_of_rows()]
         return self._apply_gate(up_SM) if self.has_gate else self.act_fn(up_SM)
 
-    def _slot(
-        self,
-        slot: FactorisedSlot,
-        routed_SN: Tensor,
-        shared_TN: Tensor,
-        token_S: Tensor | None,
-        counts: list[int],
-    ) -> Tensor:
-        """(S, M): one projection of every routed token by its expert.
+    def _down(self, slot: FactorisedSlot, inner_SF: Tensor, weights_TK: Tensor, route: Route) -> Tensor:
+        """(T, D) weighted sums of the experts' whole outputs."""
+        terms = []
+        is_summed = not self.has_post_expert_norm and slot.num_bases <= route.top_k
+        if slot.num_bases and not is_summed:
+            bases = self._bases(slot)
+            x_SC = bases.stored(inner_SF)
+            is_based_P1 = (self._base_of(slot, route) >= 0).view(-1, 1)
+            kept = bases.kept(x_SC.index_select(0, route.row_TK.flatten()) * is_based_P1)
+            x_SC, base_BMC = bases.narrowed(x_SC, kept)
+            terms.append(Term("contract", x_SC, base_BMC.flatten(0, 1), slot.based))
+        out_SD = self._factors(slot, inner_SF, None, terms, route)
+        if self.has_post_expert_norm:
+            if self.has_bias:
+                out_SD = out_SD + self.down_proj_bias[route.expert_of_rows()]
+            return route.mix(self.post_expert_norm(out_SD), weights_TK)
+        mixed_TD = route.mix(out_SD, weights_TK)
+        if slot.num_bases and is_summed:
+            bases, base_TK = self._bases(slot), self._base_of(slot, route)
+            sums = [route.mix(inner_SF, weights_TK * (base_TK == base)) for base in range(slot.num_bases)]
+            mixed_TD = mixed_TD + bases.product_of_sums(bases.stored(torch.stack(sums, dim=1)))
+        if self.has_bias:
+            weights_TE = weights_TK.new_zeros(len(weights_TK), self.num_experts, dtype=torch.float32)
+            weights_TE = weights_TE.scatter_add(1, route.index_TK, weights_TK.float())
+            mixed_TD = mixed_TD + (weights_TE @ self.down_proj_bias.float()).to(mixed_TD.dtype)
+        return mixed_TD
 
-        The base of the first projections is applied once a token (`shared_TN`), not once a routed pair.
+    def _factors(
+        self, slot: FactorisedSlot, x_SN: Tensor, shared_TN: Tensor | None, terms: list[Term], route: Route
+    ) -> Tensor:
+        """(S, M) the sum of `terms` and of what experts have of their own.
+
+        Right factors that several experts use are applied once a token, to `shared_TN`, where that is less work.
         """
-        u, v = getattr(self, f"{slot.name}_u"), getattr(self, f"{slot.name}_v")
-        dense = getattr(self, f"{slot.name}_dense", None)
-        base = getattr(self, f"{slot.name}_base", None)
-        parts, start = [], 0
-        for expert, count in enumerate(counts):
-            if count == 0:
-                continue
-            x, stop = routed_SN[start : start + count], start + count
-            if expert in slot.dense_index:
-                assert dense is not None
-                y = F.linear(x, dense[slot.dense_index[expert]])
+        if slot.left.width:
+            u, v = getattr(self, f"{slot.name}_u"), getattr(self, f"{slot.name}_v")
+            if shared_TN is not None and slot.num_right * len(slot.ranks) <= route.top_k * sum(slot.right.lengths):
+                right = Term("pick", F.linear(shared_TN, v), None, slot.right)
             else:
-                rows = slot.factor_rows(expert)
-                y = F.linear(x, v[slot.right_rows(expert)]) @ u[rows]
-                sparse = slot.sparse_rows(expert)
-                if sparse.stop > sparse.start:
-                    columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")[sparse]
-                    y = y + x.index_select(1, columns) @ getattr(self, f"{slot.name}_s")[sparse]
-                if base is not None and slot.bases is not None:
-                    y = y + F.linear(x, base[slot.bases[expert]])
-            parts.append(y)
-            start = stop
-        return torch.cat(parts) if parts else routed_SN.new_zeros(0, slot.num_rows)
+                right = Term("contract", x_SN, v, slot.right)
+            t_SR = route.product([right], route.width(slot.right))
+            terms.append(Term("expand", t_SR, u, slot.left))
+        if slot.dense_index:
+            terms.append(Term("contract", x_SN, getattr(self, f"{slot.name}_dense").flatten(0, 1), slot.dense))
+        if slot.sparse.width:
+            columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")
+            chosen = route.product([Term("select", x_SN, columns, slot.sparse)], route.width(slot.sparse))
+            terms.append(Term("expand", chosen, getattr(self, f"{slot.name}_s"), slot.sparse))
+        return route.product(terms, slot.num_rows) if terms else x_SN.new_zeros(len(x_SN), slot.num_rows)
+
+    def _bases(self, slot: FactorisedSlot) -> Bases:
+        name = f"{slot.name}_base"
+        base = getattr(self, name)
+        columns = getattr(self, name + INDEX_SUFFIX) if slot.has_base_columns else None
+        if not self.skip_base_columns or slot.num_kept_columns == slot.num_base_columns:
+            return Bases(slot, base, columns, None)
+        if not is_static(base.device):
+            lay_out_by_column(base)
+        return Bases(slot, base, columns, self._norms.of(name, base))
+
+    def _base_of(self, slot: FactorisedSlot, route: Route) -> Tensor:
+        """(T, K) base of each routed pair's expert."""
+        return constant(tuple(slot.bases), route.index_TK.device)[route.index_TK]
 
     def dense_weights(self) -> dict[str, Tensor]:
-        """Every slot's experts as whole matrices, (E, M, N) in the slot's order of rows."""
-        out = {}
-        for slot in self.slots:
-            u, v = getattr(self, f"{slot.name}_u"), getattr(self, f"{slot.name}_v")
-            base = getattr(self, f"{slot.name}_base", None)
-            dense = getattr(self, f"{slot.name}_dense", None)
-            weights = []
-            for expert, rank in enumerate(slot.ranks):
-                if rank == DENSE:
-                    assert dense is not None
-                    weights.append(dense[slot.dense_index[expert]])
-                    continue
-                rows = slot.factor_rows(expert)
-                weight = u[rows].T @ v[slot.right_rows(expert)]
-                weight = weight if base is None or slot.bases is None else weight + base[slot.bases[expert]]
-                sparse = slot.sparse_rows(expert)
-                if sparse.stop > sparse.start:
-                    columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")[sparse]
-                    weight = weight.index_add(1, columns, getattr(self, f"{slot.name}_s")[sparse].T)
-                weights.append(weight)
-            out[slot.name] = torch.stack(weights)
-        return out
+        """Every slot's experts as whole matrices, (E, M, N) in the slot's order of rows; no column is skipped."""
+        return {
+            slot.name: slot.dense_weights({name: getattr(self, name) for name in slot.shapes()}) for slot in self.slots
+        }
+
+
+def skip_base_columns(model: nn.Module, is_on: bool) -> None:
+    """Lets every layer of `model` that was written to skip base columns at run time do so, or not."""
+    for module in model.modules():
+        if isinstance(module, FactorisedExperts):
+            module.skip_base_columns = is_on

@@ -123,7 +123,7 @@ def run_experts(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: T
         return x + getattr(experts, f"{name}_bias")[ids_S] if experts.has_bias else x
 
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    x_SD = _Spread.apply(hidden_TD, token_S, row_TK) if tiled else hidden_TD[token_S]
+    x_SD = Spread.apply(hidden_TD, token_S, row_TK) if tiled else hidden_TD[token_S]
     up_SM = project(x_SD, up_name)
     biased_SM = biased(up_SM, up_name)
     h_SF = experts._apply_gate(biased_SM) if experts.has_gate else experts.act_fn(biased_SM)
@@ -133,7 +133,7 @@ def run_experts(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: T
         out_SD = experts.post_expert_norm(out_SD)
     weight_S = weights_TK.reshape(-1)[pair_S]
     if tiled:
-        mixed_TD = _Mix.apply(out_SD, weights_TK, token_S, row_TK)
+        mixed_TD = Mix.apply(out_SD, weights_TK, token_S, row_TK)
     else:
         mixed_TD = (out_SD * weight_S[:, None])[row_TK.flatten()].view(num_tokens, top_k, -1).sum(dim=1)
     return ExpertsPass(layout, ids_P, token_S, weight_S, x_SD, up_SM, h_SF, y_SD, out_SD, mixed_TD.to(hidden_TD.dtype))
@@ -185,7 +185,7 @@ def _tiled_product(x_SN: Tensor, weight_ENM: Tensor, sizes: list[int]) -> Tensor
     return out_SM
 
 
-class _Spread(torch.autograd.Function):
+class Spread(torch.autograd.Function):
     """Hidden states of the tokens to the rows of their experts."""
 
     @staticmethod
@@ -200,7 +200,7 @@ class _Spread(torch.autograd.Function):
         return grad_SD.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape).sum(1), None, None
 
 
-class _Mix(torch.autograd.Function):
+class Mix(torch.autograd.Function):
     """Weighted sum of the outputs of each token's experts, in fp32, a few rows at a time to stay in the cache."""
 
     @staticmethod

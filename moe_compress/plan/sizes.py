@@ -36,7 +36,7 @@ class SlotSize:
     """One kind of factorised projection, (num_rows, num_columns) an expert.
 
     Attributes:
-        name: slot name of model/experts.py.
+        name: slot name of model/slots.py.
         num_rows, num_columns: M and N.
         count: how many experts of how many layers have it, together.
         uniform_rank: the rank at which all of them together meet the ratio; None where every direction is kept.

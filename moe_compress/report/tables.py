@@ -15,9 +15,9 @@ from rich.text import Text
 from ..checkpoint.manifest import MANIFEST_NAME, Manifest
 from ..checkpoint.reader import CheckpointReader, resolve_checkpoint
 from ..errors import RecipeError
-from ..model.experts import DENSE
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton
+from ..model.slots import DENSE
 from ..stages.summary import SUMMARY_NAME
 
 

@@ -22,9 +22,9 @@ from ..methods.merge import as_array
 from ..methods.slots import Slot, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group
-from ..model.experts import slots_of
 from ..model.levels import factor_names, piece_names, spec_at
 from ..model.merged import MAP_NAME
+from ..model.slots import slots_of
 from ..offers import Offer, choose
 from ..progress import Reporter
 from .prepare import Prepared
@@ -58,9 +58,7 @@ class Factorise:
 
     def __init__(self, job: Job, prepared: Prepared, options: D2MoE) -> None:
         self.job, self.prepared, self.options = job, prepared, options
-        how = options.model_dump(
-            exclude={"preset", "ratio", "levels", "ranks", "alpha", "beta", "alternate", "sequential"}
-        )
+        how = options.model_dump(include=_SEEN_IN_SPECTRA)
         self.place = Workplace(
             checkpoint=prepared.reader.folder,
             statistics=prepared.statistics,
@@ -98,9 +96,8 @@ class Factorise:
         by_level = self._ranks(items, sum(part[index].fixed for part, index in zip(offers, chosen, strict=True)))
         write_table(self.job.folder / "allocation.parquet", allocation_table(items, by_level[0]))
         names = [str(ratio) for ratio in (options.ratio, *options.levels)]
-        specs = {
-            layer.path: self._spec(layer, forms, items, dict(zip(names, by_level, strict=True))) for layer in layers
-        }
+        ranks = dict(zip(names, by_level, strict=True))
+        specs = {layer.path: self._spec(layer, forms, items, ranks) for layer in layers}
         whole = {path: spec_at(spec, names[0]) for path, spec in specs.items()}
         return Decision(
             layers=specs,

@@ -25,7 +25,7 @@ from ..methods.metric import sums_used
 from ..methods.slots import slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS, Group, bias_name, to_canonical, to_stock
-from ..model.experts import INDEX_SUFFIX, FactorisedSlot, slots_of
+from ..model.slots import INDEX_SUFFIX, FactorisedSlot, slots_of
 from ..progress import Reporter
 from .factorise import SlotItem, allocation_table, count_parameters, parameter_names, read_items
 from .merge_units import MergePlace, RouterChange, change_router, read_orders

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_compress.methods.mcsmoe import choose_columns, column_scores, residual
-from moe_compress.model.experts import DENSE, FactorisedSlot
+from moe_compress.model.slots import DENSE, FactorisedSlot
 
 Matrices = tuple[list[NDArray[np.floating]], list[int], int]
 
@@ -77,7 +77,7 @@ def test_all_columns_of_the_residual_give_the_matrix_back() -> None:
         left_MN = residual(weight_MN, factors, slot, expert)
         chosen = choose_columns([column_scores(left_MN, None).numpy()], [6], budget=7 * 6)[0]
         assert chosen.tolist() == list(range(7))
-        rows = slice(slot.offsets[expert], slot.offsets[expert + 1])
+        rows = slot.factor_rows(expert)
         rebuilt = factors["down_u"][rows].T @ factors["down_v"][rows]
         rebuilt[:, chosen] += left_MN[:, chosen]
         torch.testing.assert_close(rebuilt, weight_MN, atol=1e-5, rtol=0)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moe_compress.errors import CheckpointError
 from moe_compress.model.discovery import MoELayer, find_moe_layers
 from moe_compress.model.expert_bank import GROUPS, Group, stock_name, to_canonical, to_stock
-from moe_compress.model.experts import DENSE, INDEX_SUFFIX, FactorisedSlot, slots_of
 from moe_compress.model.merged import MAP_NAME
+from moe_compress.model.slots import DENSE, INDEX_SUFFIX, FactorisedSlot, slots_of
 from tests.conftest import Checkpoint
 from tests.model.handmade import Handmade, load, logits_of
 from tests.tiny_models import token_ids
@@ -39,7 +39,7 @@ def random_tensors(slots: list[FactorisedSlot], seed: int) -> dict[str, Tensor]:
     for slot in slots:
         for name, shape in slot.shapes().items():
             tensors[name] = torch.randn(*shape, generator=generator) * 0.2
-        counts = torch.tensor(slot.sparse_offsets).diff().tolist()
+        counts = slot.sparse.lengths
         columns = [torch.randperm(slot.num_columns, generator=generator)[:n].sort().values for n in counts]
         tensors[f"{slot.name}{INDEX_SUFFIX}"] = torch.cat(columns).int()
     return tensors
@@ -54,7 +54,8 @@ def dense_of(slot: FactorisedSlot, tensors: dict[str, Tensor]) -> Tensor:
             continue
         start = sum(r for r in slot.ranks[:expert] if r > 0)
         weight = tensors[f"{slot.name}_u"][start : start + rank].T @ tensors[f"{slot.name}_v"][start : start + rank]
-        for place in range(slot.sparse_offsets[expert], slot.sparse_offsets[expert + 1]):
+        sparse = slot.sparse_rows(expert)
+        for place in range(sparse.start, sparse.stop):
             weight[:, int(tensors[f"{slot.name}{INDEX_SUFFIX}"][place])] += tensors[f"{slot.name}_s"][place]
         weights.append(weight)
     return torch.stack(weights)
@@ -131,13 +132,13 @@ def expected_gradients(slot: FactorisedSlot, tensors: dict[str, Tensor], grad_EM
     """By the chain rule from the gradients of the dense matrices."""
     found = {name: torch.zeros_like(t) for name, t in tensors.items() if not name.endswith(INDEX_SUFFIX)}
     for expert, rank in enumerate(slot.ranks):
-        grad_MN, rows = grad_EMN[expert], slice(slot.offsets[expert], slot.offsets[expert + 1])
+        grad_MN, rows = grad_EMN[expert], slot.factor_rows(expert)
         if rank == DENSE:
             found[f"{slot.name}_dense"][slot.dense_index[expert]] = grad_MN
             continue
         found[f"{slot.name}_u"][rows] = tensors[f"{slot.name}_v"][rows] @ grad_MN.T
         found[f"{slot.name}_v"][rows] = tensors[f"{slot.name}_u"][rows] @ grad_MN
-        sparse = slice(slot.sparse_offsets[expert], slot.sparse_offsets[expert + 1])
+        sparse = slot.sparse_rows(expert)
         found[f"{slot.name}_s"][sparse] = grad_MN[:, tensors[f"{slot.name}{INDEX_SUFFIX}"][sparse].long()].T
     return found
 

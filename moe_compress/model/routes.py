@@ -1,0 +1,288 @@
+"""The ways in which rows go from tokens to factorised experts and back, and the one place that chooses among them.
+
+    loop      rows sorted by expert, one product an expert (products.py). One host synchronisation, no copies.
+    every     the same, but each expert takes every token, and a token the outputs that it wants: nothing depends on
+              the routing, so there is no synchronisation. For few tokens that want most experts anyway.
+    grouped   rows sorted by expert, torch's grouped products over experts of about equal rank, whose factors are
+              stacked for the call. One host synchronisation, few launches: for many experts on a GPU.
+    gathered  a row a routed pair, with the factors that it needs gathered. No sort, no synchronisation, static shapes:
+              for decoding on a GPU, CUDA graphs and torch.compile.
+
+Shapes: T tokens, K choices of each, P = T K routed pairs, E experts, S rows; see products.py for terms.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.integrations.moe import _grouped_linear
+
+from .grouped import Mix, Spread, is_tiled
+from .products import Run, SortedRows, Term, looped_product, span_window, surplus
+from .slots import Spans
+
+RouteName = Literal["loop", "every", "grouped", "gathered"]
+
+_STATIC_TOKENS = 64
+"""Up to here a call that must not depend on the routing reads weights rather than computes."""
+
+_LOOPED_EXPERTS = 16
+"""Up to here an expert has so many rows in a large batch that one launch a product is no loss on a GPU."""
+
+_GATHERED_BYTES = 2**25
+"""Up to here a GPU copies the factors of all routed pairs in less time than a host synchronisation takes."""
+
+
+def choose(index_TK: Tensor, num_experts: int, bytes_a_pair: float) -> RouteName:
+    """The fastest route that may be taken.
+
+    Args:
+        index_TK: expert ids.
+        num_experts: E.
+        bytes_a_pair: what one routed pair reads of the weights.
+    """
+    (num_tokens, top_k), is_cuda = index_TK.shape, index_TK.device.type == "cuda"
+    num_pairs = num_tokens * top_k
+    if is_static(index_TK.device) and num_tokens <= _STATIC_TOKENS:
+        return "gathered" if num_pairs <= num_experts else "every"
+    if is_cuda and num_pairs * bytes_a_pair <= _GATHERED_BYTES:
+        return "gathered"
+    return "grouped" if is_cuda and num_experts > _LOOPED_EXPERTS else "loop"
+
+
+def is_static(device: torch.device) -> bool:
+    """Whether what is done now is recorded to be done again, so that it may not wait for a result."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache(maxsize=2**14)
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers on a device; kept, because a stream that is being recorded takes nothing from the host."""
+    return torch.tensor(values, device=device)
+
+
+def make_route(name: RouteName, index_TK: Tensor, order: Sequence[int], hidden_TD: Tensor) -> Route:
+    """Lays out the rows.
+
+    Args:
+        name: which route.
+        index_TK: expert ids.
+        order: the experts in the order that sorted rows are to have.
+        hidden_TD: what will go that way.
+    """
+    if name == "gathered":
+        return Gathered(index_TK)
+    if name == "every":
+        return every_token(index_TK, len(order), is_tiled(hidden_TD))
+    if name == "grouped":
+        return Grouped(*_sorted(index_TK, order, False))
+    return Looped(*_sorted(index_TK, order, is_tiled(hidden_TD)))
+
+
+class Route:
+    """Rows between tokens and experts; the products of its subclasses.
+
+    Attributes:
+        index_TK: expert ids.
+        token_S: token of each row.
+        row_TK: the row of each routed pair.
+        top_k: K.
+    """
+
+    def __init__(self, index_TK: Tensor, token_S: Tensor, row_TK: Tensor) -> None:
+        self.index_TK, self.token_S, self.row_TK = index_TK, token_S, row_TK
+        self.top_k = index_TK.shape[1]
+
+    def spread(self, hidden_TD: Tensor) -> Tensor:
+        """(S, D) the hidden state of each row's token."""
+        return hidden_TD.index_select(0, self.token_S)
+
+    def mix(self, out_SD: Tensor, weights_TK: Tensor) -> Tensor:
+        """(T, D) sum over a token's rows by their weights."""
+        chosen_TKD = out_SD.index_select(0, self.row_TK.flatten()).unflatten(0, self.row_TK.shape)
+        return (chosen_TKD * weights_TK[:, :, None]).sum(1).to(out_SD.dtype)
+
+    def expert_of_rows(self) -> Tensor:
+        """(S,) expert of each row; anything where no pair is routed to it."""
+        ids_S = torch.zeros_like(self.token_S)
+        return ids_S.index_put((self.row_TK.flatten(),), self.index_TK.flatten())
+
+    def width(self, spans: Spans) -> int:
+        """Columns to give a product over `spans` that is expanded afterwards."""
+        return spans.width
+
+    def product(self, terms: Sequence[Term], width: int) -> Tensor:
+        """(S, width) the sum of `terms`, of which there is at least one."""
+        raise NotImplementedError
+
+
+def _sorted(index_TK: Tensor, order: Sequence[int], is_windowed: bool) -> tuple[Tensor, SortedRows, Tensor]:
+    """Rows of routed pairs alone, sorted by expert: the synchronisation is here."""
+    (num_tokens, top_k), device = index_TK.shape, index_TK.device
+    num_experts = len(order)
+    place_E = constant(tuple(order), device).argsort()
+    place_P, pair_P = torch.sort(place_E[index_TK.reshape(-1)], stable=True)
+    counts = torch.bincount(place_P, minlength=num_experts).tolist()
+    row_P = torch.empty_like(pair_P).index_put_((pair_P,), torch.arange(len(pair_P), device=device))
+    token_S = F.pad(pair_P // top_k, (0, surplus(len(pair_P)) if is_windowed else 0))
+    return index_TK, SortedRows(order, counts, token_S, is_windowed), row_P.view(num_tokens, top_k)
+
+
+def every_token(index_TK: Tensor, num_experts: int, is_windowed: bool) -> Looped:
+    """Rows of every token for every expert."""
+    num_tokens = len(index_TK)
+    token_T = torch.arange(num_tokens, device=index_TK.device)
+    token_S = F.pad(token_T.repeat(num_experts), (0, surplus(num_tokens * num_experts) if is_windowed else 0))
+    rows = SortedRows(range(num_experts), [num_tokens] * num_experts, token_S, is_windowed)
+    return Looped(index_TK, rows, index_TK * num_tokens + token_T[:, None], is_sorted=False)
+
+
+class Looped(Route):
+    """`loop` and `every`."""
+
+    def __init__(self, index_TK: Tensor, rows: SortedRows, row_TK: Tensor, is_sorted: bool = True) -> None:
+        super().__init__(index_TK, rows.token_S, row_TK)
+        self.rows = rows
+        self.is_permutation = is_sorted and index_TK.device.type == "cpu"
+
+    def spread(self, hidden_TD: Tensor) -> Tensor:
+        if not self.is_permutation:
+            return super().spread(hidden_TD)
+        spread: Tensor = Spread.apply(hidden_TD, self.token_S, self.row_TK)
+        return spread
+
+    def mix(self, out_SD: Tensor, weights_TK: Tensor) -> Tensor:
+        if not self.is_permutation:
+            return super().mix(out_SD, weights_TK)
+        mixed: Tensor = Mix.apply(out_SD, weights_TK, self.token_S, self.row_TK)
+        return mixed
+
+    def width(self, spans: Spans) -> int:
+        """A whole window, so that none need be padded."""
+        return span_window(spans.width) if self.rows.is_windowed else spans.width
+
+    def product(self, terms: Sequence[Term], width: int) -> Tensor:
+        return looped_product(self.rows, terms, width)
+
+
+class Grouped(Looped):
+    """`grouped`."""
+
+    def width(self, spans: Spans) -> int:
+        return _bucket(spans.width)
+
+    def product(self, terms: Sequence[Term], width: int) -> Tensor:
+        total = self._term(terms[0], width)
+        for term in terms[1:]:
+            total = total + self._term(term, width)
+        return total
+
+    def _term(self, term: Term, width: int) -> Tensor:
+        runs = self.rows.runs([term.spans], 0)
+        parts: dict[int, Tensor] = {}
+        if term.kind in ("contract", "expand"):
+            buckets: dict[int, list[Run]] = defaultdict(list)
+            for run in runs:
+                buckets[_bucket(run.length)].append(run)
+            for length, bucket in buckets.items():
+                parts |= _bucket_product(term, bucket, length)
+        for run in runs if not parts else []:
+            here, span = slice(run.start, run.start + run.count), slice(run.first, run.first + run.length)
+            if term.table is None:
+                parts[run.start] = term.source[:, span].index_select(0, self.token_S[here])
+            else:
+                parts[run.start] = term.source[here].index_select(1, term.table[span])
+        whole, at = [], 0
+        for start, part in sorted(parts.items()):
+            if start > at:
+                whole.append(part.new_zeros(start - at, width))
+            whole.append(F.pad(part, (0, width - part.shape[1])))
+            at = start + len(part)
+        whole.append(term.source.new_zeros(len(self.token_S) - at, width))
+        return torch.cat(whole)
+
+
+def _bucket(length: int) -> int:
+    """A quarter too many at most, and a multiple of 16: what grouped products want of strides."""
+    step = max(16, 1 << length.bit_length() >> 3)
+    return -(-length // step) * step
+
+
+def _bucket_product(term: Term, runs: list[Run], length: int) -> dict[int, Tensor]:
+    """The rows of some runs by their start, as a grouped product of spans filled up to `length` with zeros."""
+    source, table = term.source, term.table
+    assert table is not None
+    firsts = [run.first for run in runs]
+    if firsts == [firsts[0] + i * length for i in range(len(runs))] and all(run.length == length for run in runs):
+        stack_GLX = table[firsts[0] : firsts[0] + len(runs) * length].unflatten(0, (len(runs), length))
+    else:
+        spans = Spans(tuple(firsts), tuple(run.length for run in runs))
+        index_GL, is_beyond_GL = _places(spans, length, torch.arange(len(runs), device=table.device))
+        stack_GLX = table[index_GL].masked_fill(is_beyond_GL[:, :, None], 0)
+    rows = torch.cat([source[run.start : run.start + run.count] for run in runs])
+    if term.kind == "expand":
+        rows = F.pad(rows, (0, max(0, length - rows.shape[1])))[:, :length]
+    counts = [run.count for run in runs]
+    ends_G = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=table.device)
+    is_expanded = term.kind == "expand"
+    if table.shape[1] * table.element_size() % 16:  # a stride that grouped products refuse
+        weight = stack_GLX if is_expanded else stack_GLX.mT
+        out = torch.ops.transformers.grouped_mm_fallback(rows, weight, offs=ends_G)
+    else:
+        out = _grouped_linear(rows, stack_GLX, ends_G, is_transposed=is_expanded)
+    return dict(zip((run.start for run in runs), out.split(counts), strict=True))
+
+
+class Gathered(Route):
+    """`gathered`."""
+
+    def __init__(self, index_TK: Tensor) -> None:
+        num_tokens, top_k = index_TK.shape
+        row_TK = torch.arange(num_tokens * top_k, device=index_TK.device).view(num_tokens, top_k)
+        super().__init__(index_TK, row_TK.flatten() // top_k, row_TK)
+
+    def spread(self, hidden_TD: Tensor) -> Tensor:
+        return hidden_TD.index_select(0, self.token_S)
+
+    def mix(self, out_SD: Tensor, weights_TK: Tensor) -> Tensor:
+        return (out_SD.unflatten(0, self.row_TK.shape) * weights_TK[:, :, None]).sum(1).to(out_SD.dtype)
+
+    def expert_of_rows(self) -> Tensor:
+        return self.index_TK.flatten()
+
+    def product(self, terms: Sequence[Term], width: int) -> Tensor:
+        total = self._term(terms[0], width)
+        for term in terms[1:]:
+            total = total + self._term(term, width)
+        return total
+
+    def _term(self, term: Term, width: int) -> Tensor:
+        source, table = term.source, term.table
+        index_PW, is_beyond_PW = _places(term.spans, term.spans.width, self.index_TK.flatten())
+        if term.kind == "expand":
+            assert table is not None
+            return torch.bmm(source[:, None, : term.spans.width], table[index_PW])[:, 0]
+        if table is None:
+            found_PW = source[self.token_S].gather(1, index_PW)
+        elif term.kind == "select":
+            found_PW = source.gather(1, table[index_PW].long())
+        else:
+            found_PW = torch.bmm(table[index_PW], source[:, :, None])[:, :, 0]
+        return F.pad(found_PW.masked_fill(is_beyond_PW, 0), (0, width - term.spans.width))
+
+
+def _places(spans: Spans, width: int, ids_G: Tensor) -> tuple[Tensor, Tensor]:
+    """(G, width) where the spans of some experts lie, 0 beyond their end; (G, width) whether it is beyond."""
+    start_E, length_E = constant(spans.starts, ids_G.device), constant(spans.lengths, ids_G.device)
+    step_W = torch.arange(width, device=ids_G.device)
+    is_beyond_GW = step_W >= length_E[ids_G][:, None]
+    return (start_E[ids_G][:, None] + step_W).masked_fill(is_beyond_GW, 0), is_beyond_GW
