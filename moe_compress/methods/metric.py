@@ -228,7 +228,7 @@ class BlockMetric:
         if not self.metric.is_two_sided:
             return delta_nMN
         if self._gradient.dim() == 2:
-            return self._gradient[:, rows].sqrt()[:, :, None] * delta_nMN
+            return self._diagonal_root(rows)[:, :, None] * delta_nMN
         return self._output_root(rows).root_ENN.mT @ delta_nMN
 
     @cached_property
@@ -248,9 +248,17 @@ class BlockMetric:
         return self.metric.gradient_weight(self.block)
 
     def _output_root(self, rows: slice) -> InputRoot:
-        weight = self._gradient
-        gram = weight[:, rows].diag_embed() if weight.dim() == 2 else weight[:, rows, rows]
-        return InputRoot.from_gram(gram, self.metric.options.damping)
+        if self._gradient.dim() == 2:
+            root = self._diagonal_root(rows)
+            return InputRoot(root.diag_embed(), root.reciprocal().diag_embed())
+        return InputRoot.from_gram(self._gradient[:, rows, rows], self.metric.options.damping)
+
+    def _diagonal_root(self, rows: slice) -> Tensor:
+        """(n, M) square roots of a diagonal weight, damped as a whole one is."""
+        weight = self._gradient[:, rows]
+        mean = weight.mean(1, keepdim=True)
+        floor = max(self.metric.options.damping, torch.finfo(weight.dtype).eps)
+        return (weight + floor * torch.where(mean > 0, mean, 1)).sqrt()
 
     def _left(self, delta_nMN: Tensor, rows: slice) -> Tensor:
         """(n, M, M) T^T D A D^T T."""
