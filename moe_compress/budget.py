@@ -146,7 +146,7 @@ def _reach(cost: NDArray[np.int64], budget: int) -> int:
 
 
 def uniform_rank(
-    num_rows: int, num_columns: int, num_experts: int, ratio: float, num_bases: int = 0, num_shared: int | None = None
+    num_rows: int, num_columns: int, num_experts: int, ratio: float, num_bases: float = 0, num_shared: int | None = None
 ) -> int:
     """The one rank that removes `ratio` of a projection's parameters, its bases paid for; may be negative.
 
@@ -154,7 +154,7 @@ def uniform_rank(
         num_rows, num_columns: M and N.
         num_experts: E left factors.
         ratio: fraction of E M N to remove.
-        num_bases: whole matrices that are stored besides.
+        num_bases: whole matrices that are stored besides, or as much as fractions of such.
         num_shared: right factors, if not one an expert.
     """
     kept = ((1 - ratio) * num_experts - num_bases) * num_rows * num_columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import floor
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -54,6 +55,11 @@ class D2MoE(Part):
         share: right factors of a layer's projections, each shared by a cluster of experts; `none` gives each expert
             its own, `budget` lets the byte budget choose.
         cluster_by: what makes experts alike, their weights or how the router scores them.
+        base_sparsity: fraction of the bases' columns to do without.
+        base_dynamic: share of those that stay in the file and are chosen anew in every call, by its inputs; the others
+            are gone for good.
+        base_metric: columns that are gone have the least norm times norm of their inputs (`norm`, the paper's), or do
+            least harm once the others make up for them (`error`).
         alternate: rounds, at most, of fitting bases to what the deltas leave and deltas to the bases.
         weighting: covariance the truncation minimises the error under: `loss` weighs each token by the squared
             gradient at the projection's output, `two_sided` weighs inputs and outputs by the covariances of both,
@@ -78,6 +84,9 @@ class D2MoE(Part):
     share: Annotated[int, Field(ge=1)] | Literal["none", "budget"] = "none"
     cluster_by: Literal["weights", "routing"] = "weights"
     alternate: int = Field(0, ge=0, le=100)
+    base_sparsity: float = Field(0, ge=0, lt=1)
+    base_dynamic: float = Field(0.5, ge=0, le=1)
+    base_metric: Literal["norm", "error"] = "error"
     weighting: Literal["loss", "two_sided", "input", "none"] = "loss"
     ranks: Literal["allocated", "uniform", "frequency", "full"] = "allocated"
     alpha: float = Field(0.5, ge=0, le=10)
@@ -114,6 +123,8 @@ class D2MoE(Part):
             )
         if self.alternate and (self.base == "none" or self.share != "none" or self.weighting == "two_sided"):
             raise ValueError("alternate: needs a base, share: none and another weighting than two_sided")
+        if self.base_sparsity and (self.base == "none" or self.alternate):
+            raise ValueError(f"base_sparsity: {self.base_sparsity} needs a base, and alternate: 0")
         if self.levels and self.share != "none":
             raise ValueError(f"levels: {self.levels} are prefixes of each expert's own factors; set share: none")
         return self
@@ -133,6 +144,15 @@ class D2MoE(Part):
     def at_levels(self) -> list[D2MoE]:
         """The method at each ratio it is loaded at, that of the whole checkpoint first."""
         return [self.model_copy(update={"ratio": ratio, "levels": []}) for ratio in (self.ratio, *self.levels)]
+
+    def num_base_columns(self, num_columns: int) -> int:
+        """Columns of a base that are stored, of `num_columns`."""
+        return num_columns - floor(self.base_sparsity * (1 - self.base_dynamic) * num_columns)
+
+    def base_skip(self, num_columns: int) -> float:
+        """Fraction of the stored columns that every call leaves out."""
+        dynamic = floor(self.base_sparsity * self.base_dynamic * num_columns)
+        return dynamic / self.num_base_columns(num_columns)
 
     @property
     def has_fixed_bases(self) -> bool:

@@ -78,6 +78,32 @@ def solve_bases(gram_BNN: Tensor, moment_BMN: Tensor, relative_damping: float) -
     return torch.linalg.solve(damped_BNN, moment_BMN, left=False)
 
 
+def prune_columns(bases_BMN: Tensor, gram_NN: Tensor, kind: str, num_kept: int) -> tuple[Tensor, Tensor]:
+    """The bases with only some of their columns, the same for all.
+
+        norm    C_j = ||W_b[:, j]|| ||X[j, :]||, as arXiv 2502.17298; the others stay as they are
+        error   C_j = ||W_b[:, j]||^2 / (A^-1)_jj, what it costs to do without j once the others make up for it; those
+                that stay become the least-squares fit to what all put out, W_b A[:, K] (A[K, K])^-1
+
+    Args:
+        bases_BMN: the bases.
+        gram_NN: damped covariance A of what goes through them; its diagonal is ||X[j, :]||^2.
+        kind: `norm` or `error`.
+        num_kept: columns that stay.
+
+    Returns:
+        (C,) int64 their numbers, ascending, and (B, M, N) the bases with zeros elsewhere.
+    """
+    norm_N = bases_BMN.square().sum((0, 1))
+    score_N = norm_N * gram_NN.diagonal() if kind == "norm" else norm_N / torch.linalg.inv(gram_NN).diagonal()
+    columns_C = score_N.argsort(descending=True, stable=True)[:num_kept].sort().values
+    kept_BMC = bases_BMN[:, :, columns_C]
+    if kind == "error" and num_kept:
+        between_NC = gram_NN[:, columns_C]
+        kept_BMC = torch.linalg.solve(between_NC[columns_C], bases_BMN @ between_NC, left=False)
+    return columns_C, torch.zeros_like(bases_BMN).index_copy_(2, columns_C, kept_BMC)
+
+
 def _members(base_of: Sequence[int]) -> Tensor:
     """(B, E) one where an expert belongs to a cluster."""
     of = torch.tensor(base_of)

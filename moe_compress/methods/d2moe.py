@@ -25,16 +25,19 @@ from torch import Tensor
 
 from ..calibration.statistics import LayerStatistics
 from ..linalg.factorisation import InputRoot, project_right, right_gram, shared_right
+from ..linalg.symmetric import damp
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, channel_index
-from ..model.slots import FactorisedSlot
+from ..model.slots import INDEX_SUFFIX, FactorisedSlot
 from ..model.stored_experts import StoredExperts
-from .bases import closed_form_bases, solve_bases, weighted_bases
+from .bases import closed_form_bases, prune_columns, solve_bases, weighted_bases
 from .forms import PLAIN, Form
 from .merge import align_expert
 from .metric import BlockMetric, ErrorMetric
 from .slots import slots
+
+_LEAST_DAMPING = 1e-6
 
 _LEAST_GAIN = 1e-3
 """Relative, by which a round of alternation must lower the error for another to follow."""
@@ -57,6 +60,7 @@ class GroupProblem:
 
     Attributes:
         bases_BMN: what the experts of each cluster share, fp32, or None.
+        columns_C: numbers of the columns of the bases that are stored, or None for all.
         items: the experts that share a rank; one each, but where right factors are shared.
     """
 
@@ -83,7 +87,9 @@ class GroupProblem:
         self.metric = ErrorMetric(
             layer, group, statistics, options, self._order_EC, self._weight, needs_input, self.device
         )
-        self.bases_BMN = self._bases()
+        self.bases_BMN, self.columns_C = self._bases(), None
+        if self.bases_BMN is not None and options.base_sparsity:
+            self.columns_C, self.bases_BMN = self._pruned(self.bases_BMN)
 
     def energies(self) -> dict[str, Tensor]:
         """(I, K) error that each direction removes, of each item by slot, fp32 on the CPU.
@@ -116,7 +122,10 @@ class GroupProblem:
         out = {name: torch.empty(shape, dtype=dtype) for layout in layouts for name, shape in layout.shapes().items()}
         for slot, layout in zip(self.slots, layouts, strict=True):
             if self.bases_BMN is not None:
-                out[f"{slot.name}_base"].copy_(self.bases_BMN[:, slot.rows])
+                columns = slice(None) if self.columns_C is None else self.columns_C
+                out[f"{slot.name}_base"].copy_(self.bases_BMN[:, slot.rows, columns])
+            if self.columns_C is not None:
+                out[f"{slot.name}_base{INDEX_SUFFIX}"] = self.columns_C.to("cpu", torch.int32)
             for expert, place in layout.dense_index.items():
                 out[f"{slot.name}_dense"][place] = self._weight(slice(expert, expert + 1))[0, slot.rows]
         for expert, slot_index, u_MR, v_RN in self._pairs(layouts):
@@ -128,9 +137,9 @@ class GroupProblem:
 
     def layouts(self, ranks: dict[str, list[int]]) -> list[FactorisedSlot]:
         """Names and places of the tensors of each slot."""
-        bases, share = (None if of is None else list(of) for of in (self.form.base_of, self.form.share_of))
+        form, options = self.form, self.options
         return [
-            FactorisedSlot(slot.name, slot.num_rows, slot.num_columns, ranks[slot.name], bases, share)
+            FactorisedSlot(slot.name, slot.num_rows, slot.num_columns, ranks[slot.name], **form.spec(slot, options))
             for slot in self.slots
         ]
 
@@ -227,6 +236,14 @@ class GroupProblem:
         if self.options.base == "closed_form":
             return closed_form_bases(self.metric, self._weight, self.form.base_of)
         return weighted_bases(self.options.base, self.metric, self.statistics, self._weight, self.form.base_of)
+
+    def _pruned(self, bases_BMN: Tensor) -> tuple[Tensor, Tensor]:
+        gram_NN = torch.zeros(self.metric.num_columns, self.metric.num_columns, device=self.device)
+        for block in self.metric.blocks():
+            gram_NN += self.metric.gram(block).sum(0)
+        gram_NN = damp(gram_NN, max(self.options.damping, _LEAST_DAMPING))
+        num_kept = self.options.num_base_columns(len(gram_NN))
+        return prune_columns(bases_BMN, gram_NN, self.options.base_metric, num_kept)
 
     def _alternate(self, layouts: list[FactorisedSlot]) -> None:
         """Fits the bases to what the deltas leave, and so in turn, until the weighted error falls no more.

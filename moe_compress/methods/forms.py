@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..model.discovery import MoELayer
 from ..model.expert_bank import Group
 from .grouping import cluster_experts
 from .metric import input_gram
+from .slots import Slot
 
 _SKETCH_COLUMNS = 64
 
@@ -41,6 +43,25 @@ class Form:
     def num_bases(self) -> int:
         """Bases stored."""
         return 0 if self.base_of is None else max(self.base_of) + 1
+
+    def spec(self, slot: Slot, options: D2MoE) -> dict[str, Any]:
+        """What a slot's specification (model/slots.py) says of the form."""
+        spec: dict[str, Any] = {}
+        if self.base_of is not None:
+            spec["bases"] = list(self.base_of)
+            if options.base_sparsity:
+                spec["base_columns"] = options.num_base_columns(slot.num_columns)
+                spec["skip"] = options.base_skip(slot.num_columns)
+        if self.share_of is not None:
+            spec["share"] = list(self.share_of)
+        return spec
+
+    def num_parameters(self, slot: Slot, options: D2MoE) -> int:
+        """What is stored of a slot whatever the ranks: bases, and the numbers of their columns."""
+        if self.base_of is None:
+            return 0
+        columns = options.num_base_columns(slot.num_columns)
+        return columns * (self.num_bases * slot.num_rows + bool(options.base_sparsity))
 
     def items(self, num_experts: int) -> list[tuple[int, ...]]:
         """The experts that are given one rank together, by ascending leader."""

@@ -15,9 +15,12 @@ from .grouping import Floats
 from .slots import Slot, slots
 
 
-def num_bases(layer: MoELayer, options: D2MoE) -> int:
-    """Bases that each of the layer's projections is sure to get."""
-    return min(int(options.num_bases), layer.num_experts) if options.has_fixed_bases else 0
+def num_bases(layer: MoELayer, slot: Slot, options: D2MoE) -> float:
+    """Bases that a projection is sure to get; one that has some of its columns counts for as much."""
+    if not options.has_fixed_bases:
+        return 0
+    share = options.num_base_columns(slot.num_columns) / slot.num_columns
+    return min(int(options.num_bases), layer.num_experts) * share
 
 
 def num_shared(layer: MoELayer, options: D2MoE) -> int:
@@ -33,8 +36,9 @@ def highest_ratio(layers: list[MoELayer], options: D2MoE) -> float:
     """
     bounds = []
     for layer in layers:
-        experts, base = layer.num_experts, num_bases(layer, options) / layer.num_experts
+        experts = layer.num_experts
         for slot in (slot for group in GROUPS for slot in slots(layer, group, options)):
+            base = num_bases(layer, slot, options) / experts
             rank_one = experts * slot.num_rows + num_shared(layer, options) * slot.num_columns
             rank_one_share = rank_one / (experts * slot.num_rows * slot.num_columns)
             bounds.append(1 - base - (0 if options.ranks == "allocated" else rank_one_share))
@@ -69,7 +73,7 @@ def mean_rank(layer: MoELayer, slot: Slot, options: D2MoE) -> int:
     if options.ratio is None:
         return min(slot.num_rows, slot.num_columns)
     sizes = slot.num_rows, slot.num_columns, layer.num_experts
-    return uniform_rank(*sizes, options.ratio, num_bases(layer, options), num_shared(layer, options))
+    return uniform_rank(*sizes, options.ratio, num_bases(layer, slot, options), num_shared(layer, options))
 
 
 def fixed_ranks(layer: MoELayer, slot: Slot, options: D2MoE, sensitivity_E: Floats | None = None) -> list[int]:

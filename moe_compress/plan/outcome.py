@@ -72,10 +72,10 @@ def _factorised_parameters(layers: list[MoELayer], options: D2MoE) -> int:
     """The budget, or sum over slots of r (E M + C N), C right factors, and the bases."""
     if options.ranks == "allocated":
         return budget_parameters(layers, options)
-    bases = sum(layer.num_parameters // layer.num_experts * num_bases(layer, options) for layer in layers)
-    return bases + sum(
+    return sum(
         fixed_ranks(layer, slot, options)[0]
         * (layer.num_experts * slot.num_rows + num_shared(layer, options) * slot.num_columns)
+        + round(num_bases(layer, slot, options) * slot.num_rows * slot.num_columns)
         for layer in layers
         for group in GROUPS
         for slot in slots(layer, group, options)

@@ -33,6 +33,7 @@ from .units import Workplace, decompose_group, factorise_group, read_spectra, sp
 
 _SEEN_IN_SPECTRA = {
     *("base", "num_bases", "share", "cluster_by", "weighting", "gate_up", "align", "damping", "min_tokens"),
+    *("base_sparsity", "base_dynamic", "base_metric"),
 }
 """Options that the energies depend on; all others only spend them."""
 
@@ -85,7 +86,13 @@ class Factorise:
         keys = [(layer, group) for layer in layers for group in GROUPS]
         parts = [read_items(self.place.spectra, layer, group, slots(layer, group, options)) for layer, group in keys]
         offers = [
-            [Offer([each.item for each in own], _base_parameters(*key, form)) for form, own in part.items()]
+            [
+                Offer(
+                    [each.item for each in own],
+                    sum(form.num_parameters(slot, options) for slot in slots(*key, options)),
+                )
+                for form, own in part.items()
+            ]
             for key, part in zip(keys, parts, strict=True)
         ]
         smallest = options.at_levels[-1]
@@ -147,11 +154,8 @@ class Factorise:
             if entry.layer is not layer:
                 continue
             form = forms[layer.path, entry.group]
-            slot = spec.setdefault(entry.slot.name, {"ranks": [0] * layer.num_experts})
-            if form.base_of is not None:
-                slot["bases"] = list(form.base_of)
-            if form.share_of is not None:
-                slot["share"] = list(form.share_of)
+            empty = {"ranks": [0] * layer.num_experts, **form.spec(entry.slot, self.options)}
+            slot = spec.setdefault(entry.slot.name, empty)
             whole, *levels = by_level
             for name in levels:
                 slot.setdefault("levels", {}).setdefault(name, [0] * layer.num_experts)
@@ -181,10 +185,6 @@ def read_items(spectra: Path, layer: MoELayer, group: Group, of: list[Slot]) -> 
         ]
         for form, energies in read_spectra(spectra_path(spectra, layer.path, group)).items()
     }
-
-
-def _base_parameters(layer: MoELayer, group: Group, form: Form) -> int:
-    return form.num_bases * math.prod(layer.up_shape if group == "up" else layer.down_shape)
 
 
 def allocation_table(items: list[SlotItem], ranks: list[int]) -> pa.Table:

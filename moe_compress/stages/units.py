@@ -174,6 +174,8 @@ def factorise_group(
     problem = _Setup(place, path, group).problem(form)
     tensors = problem.factors({slot: levels[0] for slot, levels in ranks.items()}, problem.weight_EMN.dtype)
     for slot, levels in ranks.items():
+        if len(levels) == 1:
+            continue
         pieces = pieces_of(levels)
         for name in factor_names(slot):
             parts = split_rows(tensors.pop(name), pieces)

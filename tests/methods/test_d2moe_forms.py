@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_compress.linalg.packed import pack
 from moe_compress.linalg.symmetric import damp
+from moe_compress.methods.bases import prune_columns
 from moe_compress.methods.d2moe import GroupProblem
 from moe_compress.methods.forms import PLAIN, Form, candidates, cluster_counts
 from moe_compress.methods.limits import share_out
@@ -208,3 +209,63 @@ def test_full_rank_of_every_form_is_the_identity(shape: Shape, form: Form) -> No
             ranks = {slot.name: [min(slot.num_rows, slot.num_columns)] * 4 for slot in problem.slots}
         whole = torch.cat(list(rebuilt(problem, ranks).values()), dim=1)
         torch.testing.assert_close(whole, case.weight[group], rtol=0, atol=2e-3)
+
+
+# --- columns of bases --------------------------------------------------------------------------------------
+
+
+def covariance_and_bases(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(60, 9, generator=generator) @ torch.randn(9, 9, generator=generator)
+    return rows.mT @ rows, torch.randn(2, 5, 9, generator=generator)
+
+
+def put_out(difference_BMN: Tensor, gram_NN: Tensor) -> float:
+    return float((difference_BMN @ gram_NN * difference_BMN).sum())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.integers(0, 9))
+def test_pruned_bases_are_the_fit_to_all_columns(seed: int, num_kept: int) -> None:
+    gram_NN, bases_BMN = covariance_and_bases(seed)
+    columns, pruned = prune_columns(bases_BMN, gram_NN, "error", num_kept)
+    assert columns.tolist() == sorted(set(columns.tolist()))
+    assert len(columns) == num_kept
+    gone = [j for j in range(9) if j not in columns.tolist()]
+    assert not pruned[:, :, gone].any()
+    error, whole = put_out(bases_BMN - pruned, gram_NN), put_out(bases_BMN, gram_NN)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        step = torch.zeros_like(pruned)
+        step[:, :, columns] = 1e-2 * torch.randn(2, 5, num_kept, generator=generator)
+        assert error <= put_out(bases_BMN - pruned - step, gram_NN) + 1e-5 * whole
+    _, plain = prune_columns(bases_BMN, gram_NN, "norm", num_kept)
+    assert num_kept < 9 or (torch.equal(plain, bases_BMN) and error <= 1e-4 * whole)
+
+
+def test_columns_go_by_norm_times_norm_of_their_inputs() -> None:
+    bases_BMN = torch.tensor([[[3.0, 1.0, 2.0]]])
+    columns, pruned = prune_columns(bases_BMN, torch.diag(torch.tensor([1.0, 100.0, 1.0])), "norm", 2)
+    assert columns.tolist() == [0, 1]
+    assert pruned.tolist() == [[[3.0, 1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_deltas_make_up_for_columns_that_are_gone(shape: Shape) -> None:
+    case = make_case(shape)
+    options = method(base="mean", base_sparsity=0.5, base_dynamic=0.2, ranks="full")
+    for group in GROUPS:
+        problem = case.problem(group, options)
+        assert problem.columns_C is not None
+        ranks = same_ranks(problem, 0) | {s.name: [min(s.num_rows, s.num_columns)] * 4 for s in problem.slots}
+        tensors = problem.factors(ranks, torch.float32)
+        for slot, layout in zip(problem.slots, problem.layouts(ranks), strict=True):
+            num_kept = options.num_base_columns(slot.num_columns)
+            assert tensors[f"{slot.name}_base"].shape == (1, slot.num_rows, num_kept)
+            assert {name: tuple(tensors[name].shape) for name in layout.shapes()} == layout.shapes()
+            base = torch.zeros(slot.num_rows, slot.num_columns)
+            base[:, tensors[f"{slot.name}_base_columns"].long()] = tensors[f"{slot.name}_base"][0]
+            u, v = (tensors[f"{slot.name}_{part}"] for part in "uv")
+            for expert in range(4):
+                found = base + u[layout.factor_rows(expert)].T @ v[layout.right_rows(expert)]
+                torch.testing.assert_close(found, case.weight[group][expert, slot.rows], rtol=0, atol=1e-4)
