@@ -45,12 +45,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "base: closed_form, alternate": {"base": "closed_form", "alternate": 8},
     "base: closed_form, 2 bases": {"base": "closed_form", "num_bases": 2},
     "base: closed_form, by budget": {"base": "closed_form", "num_bases": "budget"},
-    "base: closed_form, a quarter of its columns gone": {
+    "base: closed_form, a quarter of columns gone": {
         "base": "closed_form",
         "base_sparsity": 0.25,
         "base_dynamic": 0,
     },
-    "base: closed_form, and a quarter skipped a call": {"base": "closed_form", "base_sparsity": 0.5},
+    "base: closed_form, another skipped a call": {"base": "closed_form", "base_sparsity": 0.5},
     "base: closed_form, the same by norms": {"base": "closed_form", "base_sparsity": 0.5, "base_metric": "norm"},
     "share: 1": {"share": 1},
     "share: 4": {"share": 4},
