@@ -241,8 +241,10 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(model_type: str
 def test_encoder_decoder_models_are_refused_before_work_starts(recipe_for: RecipeFor, tmp_path: Path) -> None:
     save_switch(random_switch(), tmp_path / "switch")
     recipe = recipe_for("mixtral", ratio=0.4)
-    with pytest.raises(RecipeError, match=r"^method.sequential: true .*; leave sequential out$"):
-        check(recipe.model_copy(update={"model": str(tmp_path / "switch")}))
+    recipe = recipe.model_copy(update={"model": str(tmp_path / "switch")})
+    for look in (check, make_plan):
+        with pytest.raises(RecipeError, match=r"^method.sequential: true .*; leave sequential out$"):
+            look(recipe)
 
 
 def test_other_methods_have_no_such_option(recipe_for: RecipeFor) -> None:

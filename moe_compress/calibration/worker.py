@@ -102,7 +102,7 @@ class LayerWorker:
         skeleton = Skeleton(CheckpointReader(setup.checkpoint), setup.dtype, pick_device(setup.device))
         self.skeleton = skeleton
         self.streamer = LayerStreamer(skeleton, self._inputs(0))
-        self.passed = skeleton if setup.below is None else self._open(setup.below)
+        self.forward_skeleton = skeleton if setup.below is None else self._open(setup.below)
         names, size = self.streamer.names, setup.chunk_layers
         self.chunks = [names[i : i + size] for i in range(0, len(names), size)]
         self.moe = {layer.path: layer for layer in skeleton.moe_layers()}
@@ -117,7 +117,7 @@ class LayerWorker:
 
     def forward(self, chunk: int, batch: int, hidden: Tensor | None) -> Tensor | None:
         """Runs one chunk on one micro-batch; `hidden` is None for the first chunk or if it is here already."""
-        self._enter(self.passed, chunk, chunk + self.setup.num_workers)
+        self._enter(self.forward_skeleton, chunk, chunk + self.setup.num_workers)
         trace = self._trace(batch)
         if chunk == 0:
             hidden = trace.hidden
@@ -128,7 +128,7 @@ class LayerWorker:
             if (call.name, batch) not in self.store:
                 self.store.put((call.name, batch), hidden)
             with torch.no_grad():
-                hidden = self.passed.layers[call.name](hidden, *call.args, **call.kwargs)
+                hidden = self.forward_skeleton.layers[call.name](hidden, *call.args, **call.kwargs)
         return self._hand_on(hidden, chunk + 1, batch)
 
     def loss(self, batch: int) -> float:

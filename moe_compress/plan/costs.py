@@ -150,9 +150,9 @@ class Workload:
     def disk_bytes(self) -> dict[str, int]:
         """Job folder and output. The output is made of hard links to the job's shards where the disk allows them.
 
-        Statistics: fp32 Grams of all layers. Spectra: min(M, N) fp32 energies a matrix. First pass: shards of the size
-        of the output. Spilled: what of the L n D w
-        activations exceeds the workers' limits; gone after the calibration. Tokens: nine bytes each.
+        Statistics: fp32 Grams of all layers. Spectra: min(M, N) fp32 energies a matrix. First pass: shards like the
+        output's. Spilled: what of the L n D w activations exceeds the workers' limits; gone after the calibration.
+        Tokens: nine bytes each.
         """
         energies = sum(4 * min(slot.num_rows, slot.num_columns) * layer.num_experts for layer, slot in self._slots())
         spilled = self._boundary_bytes() - self.num_workers * self._activation_limit()

@@ -69,11 +69,6 @@ def check(recipe: Recipe) -> tuple[CheckpointReader, Skeleton, list[MoELayer]]:
 def _check_kind(recipe: Recipe, skeleton: Skeleton) -> None:
     """What only an encoder-decoder model can be asked for, and what it must tell."""
     config, settings = skeleton.model.config, recipe.evaluation
-    if config.is_encoder_decoder and recipe.method.sequential:
-        raise RecipeError(
-            f"method.sequential: true cannot be: the layers of '{config.model_type}', an encoder-decoder model, hand on"
-            " more than hidden states; leave sequential out"
-        )
     if not config.is_encoder_decoder:
         if settings is not None and settings.generate:
             raise RecipeError(
@@ -101,6 +96,7 @@ def open_original(recipe: Recipe, reader: CheckpointReader) -> tuple[Skeleton, l
         for at_level in recipe.method.at_levels:
             check_ratio(layers, at_level)
         _check_alignment(layers, recipe.method)
+        _check_sequential(skeleton, recipe.method)
     else:
         check_counts(skeleton.model, layers, recipe.method)
     return skeleton, layers
@@ -112,6 +108,16 @@ def _check_alignment(layers: list[MoELayer], options: D2MoE) -> None:
         raise RecipeError(
             f"method.align: true cannot be: the experts of {biased.path} have biases, which alignment does not move;"
             " leave align out"
+        )
+
+
+def _check_sequential(skeleton: Skeleton, options: D2MoE) -> None:
+    """What the config tells; other models whose layers hand on more are found when calibration opens them."""
+    config = skeleton.model.config
+    if options.sequential and config.is_encoder_decoder:
+        raise RecipeError(
+            f"method.sequential: true cannot be: '{config.model_type}' is encoder-decoder, and its layers hand on"
+            " more than hidden states; leave sequential out"
         )
 
 
