@@ -150,6 +150,21 @@ def test_with_uniform_ranks_too(level: str, compressed: Compress) -> None:
     assert relative_error(logits_of(model), logits_of(other)) < 1e-6
 
 
+def test_ranks_by_frequency_are_nested_too(compressed: Compress) -> None:
+    leveled = compressed("mixtral", ranks="frequency", base="mean", ratio=0.4, levels=[0.5, 0.7])
+    ranks = [
+        [
+            rank
+            for module in factorised(load("mixtral", leveled, trim=level)).values()
+            for s in module.slots
+            for rank in s.ranks
+        ]
+        for level in LEVELS
+    ]
+    assert all(more >= less for pair in pairwise(ranks) for more, less in zip(*pair, strict=True))
+    assert ranks[0] != ranks[-1]
+
+
 def test_what_is_loaded_is_what_the_manifest_says(folder: Path, model_type: str) -> None:
     records = Manifest.load(folder).levels
     assert sorted(records, key=lambda name: -records[name].bytes) == LEVELS

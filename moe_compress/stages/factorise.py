@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ class Factorise:
             budgets = [budget_parameters(layers, at_level) - fixed for at_level in at_levels]
             matrices = [entry.item for entry in items]
             return allocate_levels(matrices, budgets) if len(budgets) > 1 else [allocate(matrices, budgets[0])]
-        return [self._fixed(items, at_level) for at_level in at_levels]
+        by_level = [self._fixed(items, at_level) for at_level in at_levels]
+        return [list(ranks) for ranks in accumulate(by_level, lambda more, less: list(map(min, more, less)))]
 
     def _fixed(self, items: list[SlotItem], options: D2MoE) -> list[int]:
         """Ranks that are not allocated."""
