@@ -122,25 +122,104 @@ class FactorisedExperts(nn.Module):
         name = self.route or choose(top_k_index, self.num_experts, self._bytes_an_expert)
         route = make_route(name, top_k_index, self._order, hidden_states)
         *first, down = self.slots
-        x_SD = route.spread(hidden_states)
-        up_SM = [self._first(slot, x_SD, hidden_states, route) for slot in first]
-        inner_SF = self._activate(up_SM[0] if len(up_SM) == 1 else torch.cat(up_SM, dim=-1), route)
-        return self._down(down, inner_SF, top_k_weights, route).to(hidden_states.dtype)
+        once = [self._once(slot, hidden_states, route) for slot in first]
+        is_summed = 0 < down.num_bases <= route.top_k and not self.has_post_expert_norm
+        is_based = down.num_bases > 0 and not is_summed
+        # which columns of down's bases rows skip one by one depends on all of them
+        parts = [route] if is_based and self._skips(down) else list(route.parts())
+        num_rows, is_one = len(route.token_S), len(parts) == 1
+        out_SD = hidden_states.new_empty(0 if is_one else num_rows, down.num_rows)
+        inner_SF = hidden_states.new_empty(0 if is_one or not is_summed else num_rows, down.num_columns)
+        for part in parts:
+            x_SD = part.spread(hidden_states)
+            up = [self._rows(s, x_SD, right, base(part), part) for s, (base, right) in zip(first, once, strict=True)]
+            h_SF = self._activate(up[0] if len(up) == 1 else torch.cat(up, dim=-1), part)
+            terms = self._based(down, h_SF, part) if is_based else []
+            y_SD = self._rows(down, h_SF, None, terms, part, out=None if is_one else part.among(out_SD))
+            if self.has_post_expert_norm:
+                bias = self.down_proj_bias[part.expert_of_rows()] if self.has_bias else 0
+                y_SD = self.post_expert_norm(y_SD + bias)
+            if is_one:
+                out_SD, inner_SF = y_SD, h_SF
+                continue
+            if self.has_post_expert_norm:
+                part.among(out_SD).copy_(y_SD)
+            if is_summed:
+                part.among(inner_SF).copy_(h_SF)
+        mixed_TD = route.mix(out_SD, top_k_weights)
+        if is_summed:
+            bases, base_TK = self._bases(down), self._base_of(down, route)
+            sums = [route.mix(inner_SF, top_k_weights * (base_TK == base)) for base in range(down.num_bases)]
+            mixed_TD = mixed_TD + bases.product_of_sums(bases.stored(torch.stack(sums, dim=1)))
+        if self.has_bias and not self.has_post_expert_norm:
+            weights_TE = top_k_weights.new_zeros(len(top_k_weights), self.num_experts, dtype=torch.float32)
+            weights_TE = weights_TE.scatter_add(1, top_k_index, top_k_weights.float())
+            mixed_TD = mixed_TD + weights_TE @ self.down_proj_bias.float()
+        return mixed_TD.to(hidden_states.dtype)
 
-    def _first(self, slot: FactorisedSlot, x_SD: Tensor, hidden_TD: Tensor, route: Route) -> Tensor:
-        """(S, M) outputs of a first projection, without bias."""
+    def _once(
+        self, slot: FactorisedSlot, hidden_TD: Tensor, route: Route
+    ) -> tuple[Callable[[Route], list[Term]], Tensor | None]:
+        """What a first projection computes once a token.
+
+        Returns:
+            the bases' term for the rows of any part of the route; (T, R') the products with the right factors, where
+            so many share them that this is less work than once a row.
+        """
+        right_TR = None
+        if slot.num_right * len(slot.ranks) <= route.top_k * sum(slot.right.lengths):
+            right_TR = F.linear(hidden_TD, getattr(self, f"{slot.name}_v"))
+        if not slot.num_bases:
+            return lambda part: [], right_TR
+        bases = self._bases(slot)
+        x_TC = bases.stored(hidden_TD)
+        if -1 in slot.bases:
+            x_TC = x_TC * (self._base_of(slot, route) >= 0).any(1, keepdim=True)
+        if slot.num_bases <= route.top_k:
+            based_TX = bases.product(x_TC)
+            return lambda part: [Term("pick", based_TX, None, slot.based)], right_TR
+        kept_TC, base_BMC = bases.narrowed(x_TC, bases.kept(x_TC))
+        table = base_BMC.flatten(0, 1)
+        return lambda part: [Term("contract", part.spread(kept_TC), table, slot.based)], right_TR
+
+    def _based(self, slot: FactorisedSlot, inner_SF: Tensor, part: Route) -> list[Term]:
+        """The bases of down, row by row."""
+        bases = self._bases(slot)
+        x_SC = bases.stored(inner_SF)
+        kept = None
+        if self._skips(slot):
+            is_based_P1 = (self._base_of(slot, part) >= 0).view(-1, 1)
+            kept = bases.kept(x_SC.index_select(0, part.row_TK.flatten()) * is_based_P1)
+        x_SC, base_BMC = bases.narrowed(x_SC, kept)
+        return [Term("contract", x_SC, base_BMC.flatten(0, 1), slot.based)]
+
+    def _rows(
+        self,
+        slot: FactorisedSlot,
+        x_SN: Tensor,
+        right_TR: Tensor | None,
+        based: list[Term],
+        part: Route,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """(S, M) the sum of what experts have of their own, and of the bases' terms; in `out`, if that can be."""
         terms = []
-        if slot.num_bases:
-            bases = self._bases(slot)
-            x_TC = bases.stored(hidden_TD)
-            if -1 in slot.bases:
-                x_TC = x_TC * (self._base_of(slot, route) >= 0).any(1, keepdim=True)
-            if slot.num_bases <= route.top_k:
-                terms.append(Term("pick", bases.product(x_TC), None, slot.based))
+        if slot.left.width:
+            u, v = getattr(self, f"{slot.name}_u"), getattr(self, f"{slot.name}_v")
+            if right_TR is None:
+                right = Term("contract", x_SN, v, slot.right)
             else:
-                x_TC, base_BMC = bases.narrowed(x_TC, bases.kept(x_TC))
-                terms.append(Term("contract", route.spread(x_TC), base_BMC.flatten(0, 1), slot.based))
-        return self._factors(slot, x_SD, hidden_TD, terms, route)
+                right = Term("pick", right_TR, None, slot.right)
+            terms.append(Term("expand", part.product([right], part.width(slot.right)), u, slot.left))
+        if slot.dense_index:
+            terms.append(Term("contract", x_SN, getattr(self, f"{slot.name}_dense").flatten(0, 1), slot.dense))
+        if slot.sparse.width:
+            columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")
+            chosen = part.product([Term("select", x_SN, columns, slot.sparse)], part.width(slot.sparse))
+            terms.append(Term("expand", chosen, getattr(self, f"{slot.name}_s"), slot.sparse))
+        if terms or based:
+            return part.product(terms + based, slot.num_rows, out)
+        return x_SN.new_zeros(len(x_SN), slot.num_rows) if out is None else out.zero_()
 
     def _activate(self, up_SM: Tensor, route: Route) -> Tensor:
         """Bias, gate and activation, in the layout that the stock module's `_apply_gate` reads."""
@@ -151,61 +230,14 @@ class FactorisedExperts(nn.Module):
             up_SM = up_SM + bias[route.expert_of_rows()]
         return self._apply_gate(up_SM) if self.has_gate else self.act_fn(up_SM)
 
-    def _down(self, slot: FactorisedSlot, inner_SF: Tensor, weights_TK: Tensor, route: Route) -> Tensor:
-        """(T, D) weighted sums of the experts' whole outputs."""
-        terms = []
-        is_summed = not self.has_post_expert_norm and slot.num_bases <= route.top_k
-        if slot.num_bases and not is_summed:
-            bases = self._bases(slot)
-            x_SC = bases.stored(inner_SF)
-            is_based_P1 = (self._base_of(slot, route) >= 0).view(-1, 1)
-            kept = bases.kept(x_SC.index_select(0, route.row_TK.flatten()) * is_based_P1)
-            x_SC, base_BMC = bases.narrowed(x_SC, kept)
-            terms.append(Term("contract", x_SC, base_BMC.flatten(0, 1), slot.based))
-        out_SD = self._factors(slot, inner_SF, None, terms, route)
-        if self.has_post_expert_norm:
-            if self.has_bias:
-                out_SD = out_SD + self.down_proj_bias[route.expert_of_rows()]
-            return route.mix(self.post_expert_norm(out_SD), weights_TK)
-        mixed_TD = route.mix(out_SD, weights_TK)
-        if slot.num_bases and is_summed:
-            bases, base_TK = self._bases(slot), self._base_of(slot, route)
-            sums = [route.mix(inner_SF, weights_TK * (base_TK == base)) for base in range(slot.num_bases)]
-            mixed_TD = mixed_TD + bases.product_of_sums(bases.stored(torch.stack(sums, dim=1)))
-        if self.has_bias:
-            weights_TE = weights_TK.new_zeros(len(weights_TK), self.num_experts, dtype=torch.float32)
-            weights_TE = weights_TE.scatter_add(1, route.index_TK, weights_TK.float())
-            mixed_TD = mixed_TD + (weights_TE @ self.down_proj_bias.float()).to(mixed_TD.dtype)
-        return mixed_TD
-
-    def _factors(
-        self, slot: FactorisedSlot, x_SN: Tensor, shared_TN: Tensor | None, terms: list[Term], route: Route
-    ) -> Tensor:
-        """(S, M) the sum of `terms` and of what experts have of their own.
-
-        Right factors that several experts use are applied once a token, to `shared_TN`, where that is less work.
-        """
-        if slot.left.width:
-            u, v = getattr(self, f"{slot.name}_u"), getattr(self, f"{slot.name}_v")
-            if shared_TN is not None and slot.num_right * len(slot.ranks) <= route.top_k * sum(slot.right.lengths):
-                right = Term("pick", F.linear(shared_TN, v), None, slot.right)
-            else:
-                right = Term("contract", x_SN, v, slot.right)
-            t_SR = route.product([right], route.width(slot.right))
-            terms.append(Term("expand", t_SR, u, slot.left))
-        if slot.dense_index:
-            terms.append(Term("contract", x_SN, getattr(self, f"{slot.name}_dense").flatten(0, 1), slot.dense))
-        if slot.sparse.width:
-            columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")
-            chosen = route.product([Term("select", x_SN, columns, slot.sparse)], route.width(slot.sparse))
-            terms.append(Term("expand", chosen, getattr(self, f"{slot.name}_s"), slot.sparse))
-        return route.product(terms, slot.num_rows) if terms else x_SN.new_zeros(len(x_SN), slot.num_rows)
+    def _skips(self, slot: FactorisedSlot) -> bool:
+        return self.skip_base_columns and slot.num_kept_columns < slot.num_base_columns
 
     def _bases(self, slot: FactorisedSlot) -> Bases:
         name = f"{slot.name}_base"
         base = getattr(self, name)
         columns = getattr(self, name + INDEX_SUFFIX) if slot.has_base_columns else None
-        if not self.skip_base_columns or slot.num_kept_columns == slot.num_base_columns:
+        if not self._skips(slot):
             return Bases(slot, base, columns, None)
         if not is_static(base.device):
             lay_out_by_column(base)

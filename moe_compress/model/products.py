@@ -136,10 +136,13 @@ def span_window(length: int) -> int:
     return -(-length // step) * step
 
 
-def looped_product(rows: SortedRows, terms: Sequence[Term], width: int) -> Tensor:
-    """(S, width) the sum of `terms`."""
+def looped_product(rows: SortedRows, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
+    """(S, width) the sum of `terms`; into `out`, which takes no part in differentiation, if there is one."""
+    kinds, spans = [term.kind for term in terms], [term.spans for term in terms]
     tensors = [tensor for term in terms for tensor in (term.source, term.table)]
-    result: Tensor = _Sum.apply(rows, [t.kind for t in terms], [t.spans for t in terms], width, *tensors)
+    if not torch.is_grad_enabled():
+        return _add_up(rows, kinds, spans, width, tensors, out)
+    result: Tensor = _Sum.apply(rows, kinds, spans, width, *tensors)
     return result
 
 
@@ -172,11 +175,17 @@ class _Sum(torch.autograd.Function):
 
 
 def _add_up(
-    rows: SortedRows, kinds: list[Kind], spans: list[Spans], width: int, tensors: Sequence[Tensor | None]
+    rows: SortedRows,
+    kinds: list[Kind],
+    spans: list[Spans],
+    width: int,
+    tensors: Sequence[Tensor | None],
+    out: Tensor | None = None,
 ) -> Tensor:
     first_source = tensors[0]
     assert first_source is not None
-    out = first_source.new_empty(len(rows.token_S), width)
+    if out is None:
+        out = first_source.new_empty(len(rows.token_S), width)
     out[rows.num_routed :].zero_()
     for term, kind in enumerate(kinds):
         source, table = tensors[2 * term : 2 * term + 2]

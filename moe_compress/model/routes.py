@@ -14,7 +14,7 @@ Shapes: T tokens, K choices of each, P = T K routed pairs, E experts, S rows; se
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
@@ -32,6 +32,9 @@ RouteName = Literal["loop", "every", "grouped", "gathered"]
 
 _STATIC_TOKENS = 64
 """Up to here a call that must not depend on the routing reads weights rather than computes."""
+
+_PART_ROWS = 256
+"""Rows of a part of a large batch: enough for products near their peak, few enough for the cache."""
 
 _LOOPED_EXPERTS = 16
 """Up to here an expert has so many rows in a large batch that one launch a product is no loss on a GPU."""
@@ -106,6 +109,14 @@ class Route:
         """(S, D) the hidden state of each row's token."""
         return hidden_TD.index_select(0, self.token_S)
 
+    def parts(self) -> Iterator[Route]:
+        """Routes that take the rows in turn; all at once where that is not slower."""
+        yield self
+
+    def among(self, out_SX: Tensor) -> Tensor:
+        """This part's rows of the whole route's."""
+        return out_SX
+
     def mix(self, out_SD: Tensor, weights_TK: Tensor) -> Tensor:
         """(T, D) sum over a token's rows by their weights."""
         chosen_TKD = out_SD.index_select(0, self.row_TK.flatten()).unflatten(0, self.row_TK.shape)
@@ -120,12 +131,12 @@ class Route:
         """Columns to give a product over `spans` that is expanded afterwards."""
         return spans.width
 
-    def product(self, terms: Sequence[Term], width: int) -> Tensor:
-        """(S, width) the sum of `terms`, of which there is at least one."""
+    def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
+        """(S, width) the sum of `terms`, of which there is at least one; in `out`, if that is given and can be."""
         raise NotImplementedError
 
 
-def _sorted(index_TK: Tensor, order: Sequence[int], is_windowed: bool) -> tuple[Tensor, SortedRows, Tensor]:
+def _sorted(index_TK: Tensor, order: Sequence[int], is_windowed: bool) -> tuple[Tensor, SortedRows, Tensor, Tensor]:
     """Rows of routed pairs alone, sorted by expert: the synchronisation is here."""
     (num_tokens, top_k), device = index_TK.shape, index_TK.device
     num_experts = len(order)
@@ -134,7 +145,7 @@ def _sorted(index_TK: Tensor, order: Sequence[int], is_windowed: bool) -> tuple[
     counts = torch.bincount(place_P, minlength=num_experts).tolist()
     row_P = torch.empty_like(pair_P).index_put_((pair_P,), torch.arange(len(pair_P), device=device))
     token_S = F.pad(pair_P // top_k, (0, surplus(len(pair_P)) if is_windowed else 0))
-    return index_TK, SortedRows(order, counts, token_S, is_windowed), row_P.view(num_tokens, top_k)
+    return index_TK, SortedRows(order, counts, token_S, is_windowed), row_P.view(num_tokens, top_k), pair_P
 
 
 def every_token(index_TK: Tensor, num_experts: int, is_windowed: bool) -> Looped:
@@ -143,26 +154,42 @@ def every_token(index_TK: Tensor, num_experts: int, is_windowed: bool) -> Looped
     token_T = torch.arange(num_tokens, device=index_TK.device)
     token_S = F.pad(token_T.repeat(num_experts), (0, surplus(num_tokens * num_experts) if is_windowed else 0))
     rows = SortedRows(range(num_experts), [num_tokens] * num_experts, token_S, is_windowed)
-    return Looped(index_TK, rows, index_TK * num_tokens + token_T[:, None], is_sorted=False)
+    return Looped(index_TK, rows, index_TK * num_tokens + token_T[:, None], None)
 
 
 class Looped(Route):
     """`loop` and `every`."""
 
-    def __init__(self, index_TK: Tensor, rows: SortedRows, row_TK: Tensor, is_sorted: bool = True) -> None:
+    def __init__(self, index_TK: Tensor, rows: SortedRows, row_TK: Tensor, pair_P: Tensor | None) -> None:
         super().__init__(index_TK, rows.token_S, row_TK)
-        self.rows = rows
-        self.is_permutation = is_sorted and index_TK.device.type == "cpu"
+        self.rows, self.pair_P = rows, pair_P
+
+    def _is_gathered(self) -> bool:
+        """Whether every pair has a row of its own, so that rows move by gathering alone, forward and backward."""
+        return self.pair_P is not None and self.index_TK.device.type == "cpu"
 
     def spread(self, hidden_TD: Tensor) -> Tensor:
-        if not self.is_permutation:
+        if not self._is_gathered():
             return super().spread(hidden_TD)
         spread: Tensor = Spread.apply(hidden_TD, self.token_S, self.row_TK)
         return spread
 
+    def parts(self) -> Iterator[Route]:
+        """On a CPU some experts at a time, so that all between spreading and mixing stays in the cache."""
+        if not self._is_gathered() or torch.is_grad_enabled() or self.rows.num_routed < 2 * _PART_ROWS:
+            yield self
+            return
+        start = first = 0
+        for last, stop in enumerate(accumulate(self.rows.counts), 1):
+            if stop - start >= _PART_ROWS or stop == self.rows.num_routed > start:
+                yield Part(self, slice(first, last), slice(start, stop))
+                start, first = stop, last
+
     def mix(self, out_SD: Tensor, weights_TK: Tensor) -> Tensor:
-        if not self.is_permutation:
+        if not self._is_gathered():
             return super().mix(out_SD, weights_TK)
+        if not torch.is_grad_enabled() and weights_TK.dtype == out_SD.dtype:
+            return F.embedding_bag(self.row_TK, out_SD, mode="sum", per_sample_weights=weights_TK)  # fp32 inside
         mixed: Tensor = Mix.apply(out_SD, weights_TK, self.token_S, self.row_TK)
         return mixed
 
@@ -170,8 +197,29 @@ class Looped(Route):
         """A whole window, so that none need be padded."""
         return span_window(spans.width) if self.rows.is_windowed else spans.width
 
-    def product(self, terms: Sequence[Term], width: int) -> Tensor:
-        return looped_product(self.rows, terms, width)
+    def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
+        return looped_product(self.rows, terms, width, out)
+
+
+class Part(Looped):
+    """Some experts' rows of a sorted `loop`; its token of a pair and the mixing are the whole's."""
+
+    def __init__(self, whole: Looped, experts: slice, rows: slice) -> None:
+        counts, order, is_windowed = whole.rows.counts[experts], whole.rows.order[experts], whole.rows.is_windowed
+        reach = rows.stop + (surplus(rows.stop - rows.start) if is_windowed else 0)
+        self.place = slice(rows.start, reach)
+        part = SortedRows(order, counts, whole.token_S[self.place], is_windowed)
+        super().__init__(whole.index_TK, part, whole.row_TK, whole.pair_P[rows] if whole.pair_P is not None else None)
+
+    def spread(self, hidden_TD: Tensor) -> Tensor:
+        return hidden_TD.index_select(0, self.token_S)
+
+    def among(self, out_SX: Tensor) -> Tensor:
+        return out_SX[self.place]
+
+    def expert_of_rows(self) -> Tensor:
+        assert self.pair_P is not None
+        return F.pad(self.index_TK.flatten()[self.pair_P], (0, len(self.token_S) - len(self.pair_P)))
 
 
 class Grouped(Looped):
@@ -180,7 +228,7 @@ class Grouped(Looped):
     def width(self, spans: Spans) -> int:
         return _bucket(spans.width)
 
-    def product(self, terms: Sequence[Term], width: int) -> Tensor:
+    def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
         total = self._term(terms[0], width)
         for term in terms[1:]:
             total = total + self._term(term, width)
@@ -259,7 +307,7 @@ class Gathered(Route):
     def expert_of_rows(self) -> Tensor:
         return self.index_TK.flatten()
 
-    def product(self, terms: Sequence[Term], width: int) -> Tensor:
+    def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
         total = self._term(terms[0], width)
         for term in terms[1:]:
             total = total + self._term(term, width)
