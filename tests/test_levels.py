@@ -151,7 +151,7 @@ def test_with_uniform_ranks_too(level: str, compressed: Compress) -> None:
 
 
 def test_ranks_by_frequency_are_nested_too(compressed: Compress) -> None:
-    leveled = compressed("mixtral", ranks="frequency", base="mean", ratio=0.4, levels=[0.5, 0.7])
+    leveled = compressed("mixtral", ranks="frequency", ratio=0.4, levels=[0.5, 0.7])
     ranks = [
         [
             rank
