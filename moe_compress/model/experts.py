@@ -21,7 +21,6 @@ from math import prod
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bases import Bases, ColumnNorms, lay_out_by_column
@@ -30,6 +29,7 @@ from .merged import MAP_NAME, register_map, shorten
 from .products import Term
 from .routes import Route, RouteName, choose, constant, is_static, make_route
 from .slots import INDEX_SUFFIX, FactorisedSlot, slots_of
+from .tiles import product_of_all
 
 GUARD_NAME: Final = "down_v"
 GUARD_DISK_NAME: Final = "down_proj"
@@ -167,8 +167,8 @@ class FactorisedExperts(nn.Module):
             so many share them that this is less work than once a row.
         """
         right_TR = None
-        if slot.num_right * len(slot.ranks) <= route.top_k * sum(slot.right.lengths):
-            right_TR = F.linear(hidden_TD, getattr(self, f"{slot.name}_v"))
+        if slot.left.width and route.is_once(slot.right, slot.num_right):
+            right_TR = product_of_all(hidden_TD, getattr(self, f"{slot.name}_v"))
         if not slot.num_bases:
             return lambda part: [], right_TR
         bases = self._bases(slot)

@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers.integrations.moe import _grouped_linear
 
 from .grouped import Mix, Spread, is_tiled
-from .products import Run, SortedRows, Term, looped_product, span_window, surplus
+from .products import SortedRows, Term, looped_product
 from .slots import Spans
+from .tiles import FEW_ROWS, Run, span_window, surplus
 
 RouteName = Literal["loop", "every", "grouped", "gathered"]
 
@@ -131,6 +132,10 @@ class Route:
         """Columns to give a product over `spans` that is expanded afterwards."""
         return spans.width
 
+    def is_once(self, spans: Spans, num_rows: int) -> bool:
+        """Whether to multiply every token with all `num_rows` of a table at once rather than rows with their spans."""
+        return num_rows * len(spans.lengths) <= self.top_k * sum(spans.lengths)
+
     def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
         """(S, width) the sum of `terms`, of which there is at least one; in `out`, if that is given and can be."""
         raise NotImplementedError
@@ -193,6 +198,13 @@ class Looped(Route):
         mixed: Tensor = Mix.apply(out_SD, weights_TK, self.token_S, self.row_TK)
         return mixed
 
+    def is_once(self, spans: Spans, num_rows: int) -> bool:
+        """Few tokens: by how much is read, where one large product reads twice as fast as many small ones."""
+        if not self.rows.is_windowed or len(self.index_TK) > FEW_ROWS:
+            return super().is_once(spans, num_rows)
+        used = sum(spans.lengths[e] for e, _, _ in self.rows.busy)
+        return num_rows <= 2 * used
+
     def width(self, spans: Spans) -> int:
         """A whole window, so that none need be padded."""
         return span_window(spans.width) if self.rows.is_windowed else spans.width
@@ -235,7 +247,7 @@ class Grouped(Looped):
         return total
 
     def _term(self, term: Term, width: int) -> Tensor:
-        runs = self.rows.runs([term.spans], 0)
+        runs = self.rows.runs(term.spans)
         parts: dict[int, Tensor] = {}
         if term.kind in ("contract", "expand"):
             buckets: dict[int, list[Run]] = defaultdict(list)
