@@ -4,8 +4,9 @@
 
 The original runs by the fastest of all implementations that transformers offers on this device, and by ours for stock
 experts (model/grouped.py). 40 % of its parameters are gone: ranks vary from expert to expert as an allocation's do,
-gate and up are one slot; once without a base, once with a base and deltas at the same bytes. Prefill of 2048 tokens,
-decode of batches that never repeat one routing after the other.
+gate and up are one slot; once without a base, once with a base and deltas at the same bytes, and with `--columns` also
+with a base that lacks a quarter of its columns, and one of which another quarter is skipped in every call. Prefill of
+2048 tokens, decode of batches that never repeat one routing after the other.
 
 Times are CPU time of one thread: others may share the machine. Ratios are medians over neighbours in time; above 1 the
 compressed layer is faster. FLOPs and bytes a token are those of the matrices that the routing asks for.
@@ -28,7 +29,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_compress.model import grouped  # noqa: F401  registers tiled_mm
 from moe_compress.model.experts import FactorisedExperts
-from moe_compress.model.slots import DENSE, FactorisedSlot
+from moe_compress.model.slots import DENSE, INDEX_SUFFIX, FactorisedSlot
 
 REMOVED = 0.4
 PREFILL_TOKENS = 2048
@@ -69,22 +70,32 @@ def ranks_like_allocated(
     return at(low)
 
 
-def specification(shape: Shape, has_base: bool) -> dict[str, Any]:
+FORMS: dict[str, dict[str, float] | None] = {
+    "no base": None,
+    "base + deltas": {},
+    "static columns": {"stored": 0.75},
+    "semi-dynamic": {"stored": 0.75, "skip": 1 / 3},
+}
+"""Of the base: which of its columns are stored, and how many of those are skipped in a call; None for no base."""
+
+
+def specification(shape: Shape, form: dict[str, float] | None) -> dict[str, Any]:
     """40 % of the parameters removed from each slot."""
     generator = torch.Generator().manual_seed(0)
     D, F, E = shape.hidden_size, shape.intermediate_size, shape.num_experts
     spec: dict[str, Any] = {}
     for name, rows, columns in (("gate_up", 2 * F, D), ("down", D, F)):
-        budget = int((1 - REMOVED) * E * rows * columns) - has_base * rows * columns
+        stored = 0 if form is None else int(form.get("stored", 1) * columns)
+        budget = int((1 - REMOVED) * E * rows * columns) - stored * rows
         spec[name] = {"ranks": ranks_like_allocated(rows, columns, E, budget, generator)}
-        if has_base:
-            spec[name]["bases"] = [0] * E
+        if form is not None:
+            spec[name] |= {"bases": [0] * E, "base_columns": stored, "skip": form.get("skip", 0.0)}
     return spec
 
 
 @torch.no_grad()
-def build(shape: Shape, dtype: torch.dtype) -> tuple[Any, dict[str, FactorisedExperts]]:
-    """The original of random weights, and its compressed forms."""
+def build(shape: Shape, dtype: torch.dtype, forms: list[str]) -> tuple[Any, dict[str, FactorisedExperts]]:
+    """The original of random weights, and some compressed forms of it."""
     torch.manual_seed(0)
     config = MixtralConfig(
         hidden_size=shape.hidden_size,
@@ -93,13 +104,13 @@ def build(shape: Shape, dtype: torch.dtype) -> tuple[Any, dict[str, FactorisedEx
         num_experts_per_tok=shape.top_k,
     )
     original = MixtralExperts(config).to(dtype)
-    compressed = {
-        name: FactorisedExperts(original, specification(shape, has_base=name == "base + deltas"))
-        for name in ("no base", "base + deltas")
-    }
+    compressed = {name: FactorisedExperts(original, specification(shape, FORMS[name])) for name in forms}
     for module in (original, *compressed.values()):
         for parameter in module.parameters():
             parameter.normal_(std=0.02)
+        for name, columns in module.named_buffers():
+            if name.endswith(INDEX_SUFFIX):
+                columns.copy_(torch.arange(len(columns)))
     return original, compressed
 
 
@@ -154,8 +165,8 @@ def work(shape: Shape, slots: list[FactorisedSlot], inputs: list[Call]) -> tuple
             sizes = [M * N if rank == DENSE else rank * (M + N) for rank in slot.ranks]
             flops += sum(2 * count * size for count, size in zip(counts, sizes, strict=True))
             read += sum(size for count, size in zip(counts, sizes, strict=True) if count)
-            flops += 2 * slot.num_bases * M * N * len(index)
-            read += slot.num_bases * M * N
+            flops += 2 * slot.num_bases * M * slot.num_kept_columns * len(index)
+            read += slot.num_bases * M * slot.num_kept_columns
     tokens = sum(len(index) for _, index, _ in inputs)
     return flops / tokens, read / tokens
 
@@ -178,9 +189,11 @@ def rounds_of(seconds: float, budget_s: float) -> int:
 
 
 @torch.no_grad()
-def bench(shape: Shape, dtype: torch.dtype, budget_s: float, show: Callable[[str], None]) -> dict[str, float]:
+def bench(
+    shape: Shape, dtype: torch.dtype, forms: list[str], budget_s: float, show: Callable[[str], None]
+) -> dict[str, float]:
     """Ratios original / compressed by case, printed on the way."""
-    original, compressed = build(shape, dtype)
+    original, compressed = build(shape, dtype, forms)
     ratios = {}
     for num_tokens in (PREFILL_TOKENS, *BATCHES):
         inputs = calls(shape, num_tokens, dtype)
@@ -208,7 +221,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of the original a case")
+    parser.add_argument("--columns", action="store_true", help="also bases that lack or skip columns")
     args = parser.parse_args()
+    forms = list(FORMS) if args.columns else ["no base", "base + deltas"]
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread; FLOPs and MB a token")
     for dtype_name in [args.dtype] if args.dtype else ["bfloat16", "float32"]:
@@ -216,7 +231,7 @@ def main() -> None:
         print(f"{dtype_name}: GEMM peak {gemm_peak(dtype) / 1e9:.0f} GFLOP/s")
         for name in [args.shape] if args.shape else list(SHAPES):
             print(f" {name}: {SHAPES[name]}")
-            bench(SHAPES[name], dtype, args.budget, print)
+            bench(SHAPES[name], dtype, forms, args.budget, print)
 
 
 if __name__ == "__main__":
