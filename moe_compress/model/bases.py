@@ -34,9 +34,12 @@ class ColumnNorms:
         """(C,) fp32."""
         if torch.compiler.is_compiling():
             return self._known[name][1] if name in self._known else _norms(base_BMC)
+        if torch.is_grad_enabled():  # an optimiser may be at work, which changes parameters unseen
+            self._known.pop(name, None)
+            return _norms(base_BMC.detach())
         version = (base_BMC.data_ptr(), None if base_BMC.is_inference() else base_BMC._version, base_BMC.dtype)
-        if torch.is_grad_enabled() or self._known.get(name, (None,))[0] != version:  # an optimiser hides its changes
-            self._known[name] = (version, _norms(base_BMC.detach()))
+        if name not in self._known or self._known[name][0] != version:
+            self._known[name] = (version, _norms(base_BMC))
         return self._known[name][1]
 
     def forget(self) -> None:
@@ -103,7 +106,7 @@ class Bases:
         return torch.einsum("tbc,bmc->tm", x.unflatten(0, x_TBC.shape[:2]), base)
 
 
-@torch.no_grad()
+@torch.inference_mode(False)
 def lay_out_by_column(base: nn.Parameter) -> None:
     """Changes the order of a parameter (B, M, C) in memory, not what it holds, so that each column lies together."""
     if base.stride(2) == 1:

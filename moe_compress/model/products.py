@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,9 @@ from .slots import Spans
 from .tiles import Exact, Run, Windowed
 
 Kind = Literal["contract", "expand", "pick", "select"]
+_CACHED = 2**18
+"""Numbers at a time of what is moved rather than multiplied, so that they stay in the cache."""
+
 _ADJOINT: dict[Kind, Kind] = {"contract": "expand", "expand": "contract"}
 
 
@@ -48,36 +50,28 @@ class Term:
     spans: Spans
 
 
-@dataclass(frozen=True)
 class SortedRows:
     """Which rows belong to which expert.
 
-    Attributes:
+    Args:
         order: the experts in the order of their rows.
         counts: rows of each, in that order.
         token_S: token of each row, surplus included.
         is_windowed: products are compiled for their shape.
+
+    Attributes:
+        num_routed: rows that belong to an expert.
+        busy: expert, first row and number of rows of all that have some.
     """
 
-    order: Sequence[int]
-    counts: Sequence[int]
-    token_S: Tensor
-    is_windowed: bool
-
-    @cached_property
-    def num_routed(self) -> int:
-        """Rows that belong to an expert."""
-        return sum(self.counts)
-
-    @cached_property
-    def busy(self) -> list[tuple[int, int, int]]:
-        """Expert, first row and number of rows of all that have some."""
-        found, start = [], 0
-        for expert, count in zip(self.order, self.counts, strict=True):
+    def __init__(self, order: Sequence[int], counts: Sequence[int], token_S: Tensor, is_windowed: bool) -> None:
+        self.order, self.counts, self.token_S, self.is_windowed = order, counts, token_S, is_windowed
+        self.num_routed = 0
+        self.busy: list[tuple[int, int, int]] = []
+        for expert, count in zip(order, counts, strict=True):
             if count:
-                found.append((expert, start, count))
-            start += count
-        return found
+                self.busy.append((expert, self.num_routed, count))
+            self.num_routed += count
 
     def runs(self, spans: Spans, is_begun: Sequence[bool] | None = None) -> list[Run]:
         """The rows that a term writes: those of neighbours with one and the same span together.
@@ -173,15 +167,17 @@ def _add_up(
 def _move(rows: SortedRows, runs: list[Run], source: Tensor, table: Tensor | None, out: Tensor) -> None:
     """`pick` and, with a table, `select`."""
     for run in runs:
-        here, span = slice(run.start, run.start + run.count), slice(run.first, run.first + run.length)
-        if table is None:
-            part = source[:, span].index_select(0, rows.token_S[here])
-        else:
-            part = source[here].index_select(1, table[span])
-        if run.is_added:
-            out[here, : run.length] += part
-        else:
-            out[here, : run.length] = part
+        span, stop, step = slice(run.first, run.first + run.length), run.start + run.count, _CACHED // run.length + 1
+        for start in range(run.start, stop, step):
+            here = slice(start, min(start + step, stop))
+            if table is None:
+                part = source[:, span].index_select(0, rows.token_S[here])
+            else:
+                part = source[here].index_select(1, table[span])
+            if run.is_added:
+                out[here, : run.length] += part
+            else:
+                out[here, : run.length] = part
 
 
 def _scattered(rows: SortedRows, spans: Spans, grad_SM: Tensor, source: Tensor, table: Tensor | None) -> Tensor:

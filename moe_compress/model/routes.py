@@ -68,10 +68,15 @@ def is_static(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@lru_cache(maxsize=2**14)
 def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Numbers on a device; kept, because a stream that is being recorded takes nothing from the host."""
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, device=device) if torch.compiler.is_compiling() else _kept(values, device)
+
+
+@lru_cache(maxsize=2**14)
+def _kept(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def make_route(name: RouteName, index_TK: Tensor, order: Sequence[int], hidden_TD: Tensor) -> Route:
@@ -86,7 +91,7 @@ def make_route(name: RouteName, index_TK: Tensor, order: Sequence[int], hidden_T
     if name == "gathered":
         return Gathered(index_TK)
     if name == "every":
-        return every_token(index_TK, len(order), is_tiled(hidden_TD))
+        return every_token(index_TK, len(order), is_tiled(hidden_TD) and not torch.compiler.is_compiling())
     if name == "grouped":
         return Grouped(*_sorted(index_TK, order, False))
     return Looped(*_sorted(index_TK, order, is_tiled(hidden_TD)))

@@ -15,8 +15,7 @@ and `down`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import floor
 from typing import Any, Final
@@ -40,20 +39,20 @@ class Spans:
     Attributes:
         starts: the first one.
         lengths: how many; 0 for none.
+        width: the most that any expert has.
     """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", max(self.lengths, default=0))
 
     @classmethod
     def packed(cls, lengths: list[int]) -> Spans:
         """One behind the other."""
         return cls(tuple(accumulate(lengths[:-1], initial=0)), tuple(lengths))
-
-    @cached_property
-    def width(self) -> int:
-        """The most that any expert has."""
-        return max(self.lengths, default=0)
 
     def of(self, expert: int) -> slice:
         """Those of one expert."""

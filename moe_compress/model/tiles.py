@@ -106,6 +106,8 @@ class Exact:
 def _multiply(a: Tensor, b: Tensor, out: Tensor, is_added: bool) -> None:
     if is_added:
         out.addmm_(a, b)
+    elif torch.compiler.is_compiling():  # which takes no part of a tensor as `out`
+        out.copy_(torch.mm(a, b))
     else:
         torch.mm(a, b, out=out)
 
