@@ -30,15 +30,11 @@ import torch
 from torch import Tensor
 
 from moe_compress.linalg.symmetric import (
-    damp,
     eigenpairs,
     eigenvalues,
     sqrt_and_inverse_sqrt,
     symmetric_product,
 )
-
-_LEAST_DAMPING = 1e-4
-"""Relative, of a covariance whose problem is solved in the right factor of others."""
 
 # Shape suffixes: E experts, M output size, N input size, K = min(M, N), R rank.
 
@@ -88,25 +84,25 @@ def shared_right(problem_NN: Tensor, root: InputRoot) -> Tensor:
     return _strongest(vectors_NN, len(vectors_NN)).mT @ root.inverse_root_ENN[0]
 
 
-def project_right(d_EMN: Tensor, gram_ENN: Tensor, v_RN: Tensor) -> tuple[Tensor, Tensor]:
+def project_right(d_EMN: Tensor, root: InputRoot, v_RN: Tensor) -> tuple[Tensor, Tensor]:
     """What each matrix makes of a given right factor: least squares under its own covariance.
 
-        V A V^T = L L^T,   Z = L^-1 V A D^T,   U = Z^T L^-1,   for any prefix of V, L and Z
+        S^T V^T = Q T,   Z = Q^T S^T D^T,   U = Z^T T^-T,   for any prefix of V and Z and corner of T
+
+    The square of S, whose weak directions rounding may have made negative, is never taken.
 
     Args:
         d_EMN: (E, M, N) float32.
-        gram_ENN: (E, N, N) float32.
-        v_RN: (R, N) of full row rank.
+        root: S of the input covariances, E of them.
+        v_RN: (R, N) of full row rank, R <= N.
 
     Returns:
-        (factor_ERR, z_ERM): L and Z, float64. Row r of Z is what direction r adds: its squared norm is the error that
-        it removes.
+        (t_ERR, z_ERM), float64, T upper triangular. Row r of Z is what direction r adds: its squared norm is the error
+        that it removes.
     """
-    # an expert may not reach all that the group does, and the rows of v magnify what little there is: fp64, damped
-    half_ENR = damp(gram_ENN.double(), _LEAST_DAMPING) @ v_RN.double().mT
-    factor_ERR = torch.linalg.cholesky(v_RN.double() @ half_ENR)
-    z_ERM = torch.linalg.solve_triangular(factor_ERR, half_ENR.mT @ d_EMN.double().mT, upper=False)
-    return factor_ERR, z_ERM
+    s_ENN = root.root_ENN.double().mT
+    q_ENR, t_ERR = torch.linalg.qr(s_ENN @ v_RN.double().mT)
+    return t_ERR, q_ENR.mT @ (s_ENN @ d_EMN.double().mT)
 
 
 def right_gram(d_EMN: Tensor, root: InputRoot) -> Tensor:

@@ -210,7 +210,7 @@ class GroupProblem:
         for expert in members:
             metric = self._block_metric(slice(expert, expert + 1))
             weighted = metric.weighted(self._delta(metric.block)[:, rows], rows)
-            _, z_1NM = project_right(weighted, metric.gram, v_NN)
+            _, z_1NM = project_right(weighted, metric.root, v_NN)
             total += z_1NM[0].square().sum(1).float() / metric.scale
         return total
 
@@ -222,10 +222,10 @@ class GroupProblem:
                     continue
                 v_RN = self._shared(members, slot.rows)[:rank]
                 for expert in members:
-                    block = slice(expert, expert + 1)
+                    metric = self._block_metric(slice(expert, expert + 1))
                     # whatever the weight on the output side, least squares gives each row of U by itself
-                    factor_1RR, z_1RM = project_right(self._delta(block)[:, slot.rows], self.metric.gram(block), v_RN)
-                    u_1RM = torch.linalg.solve_triangular(factor_1RR.mT, z_1RM, upper=True)
+                    t_1RR, z_1RM = project_right(self._delta(metric.block)[:, slot.rows], metric.root, v_RN)
+                    u_1RM = torch.linalg.solve_triangular(t_1RR, z_1RM, upper=True)
                     yield expert, index, u_1RM[0].mT.float(), v_RN
 
     # --- bases ---------------------------------------------------------------------------------------------

@@ -199,17 +199,22 @@ class BlockMetric:
         """As `ErrorMetric.gram`."""
         return self.metric.gram(self.block)
 
+    @cached_property
+    def root(self) -> InputRoot:
+        """Of the damped covariances of the inputs."""
+        return InputRoot.from_gram(self.gram, self.metric.options.damping)
+
     def energies(self, delta_nMN: Tensor, rows: slice) -> Tensor:
         """(n, K) squared singular values of the weighted problem of some rows of the group's matrices, descending."""
         problem = (
-            right_gram(self.weighted(delta_nMN, rows), self._root) if self.is_right else self._left(delta_nMN, rows)
+            right_gram(self.weighted(delta_nMN, rows), self.root) if self.is_right else self._left(delta_nMN, rows)
         )
         return spectrum(problem).energy_EK / self.scale[:, None]
 
     def factorise(self, delta_nMN: Tensor, rows: slice, ranks: Sequence[int]) -> list[Factors]:
         """Best factors of each expert (linalg/factorisation.py)."""
         if self.is_right:
-            return factorise_right(delta_nMN, self._root, ranks, self.weighted(delta_nMN, rows))
+            return factorise_right(delta_nMN, self.root, ranks, self.weighted(delta_nMN, rows))
         root = self._output_root(rows) if self.metric.is_two_sided else None
         return factorise_left(delta_nMN, self._left(delta_nMN, rows), ranks, root)
 
@@ -238,10 +243,6 @@ class BlockMetric:
         return (num_tokens if self.metric.is_two_sided else torch.ones_like(num_tokens)).clamp_min(1)
 
     # --- internals -----------------------------------------------------------------------------------------
-
-    @cached_property
-    def _root(self) -> InputRoot:
-        return InputRoot.from_gram(self.gram, self.metric.options.damping)
 
     @cached_property
     def _gradient(self) -> Tensor:
