@@ -26,6 +26,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks.bench_factorisation
 	$(BIN)/python -m tests.benchmarks.bench_calibration
 	$(BIN)/python -m tests.benchmarks.bench_merging
+	$(BIN)/python -m tests.benchmarks.bench_forward
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

@@ -29,6 +29,7 @@ MODEL_TYPES = ["mixtral", "gpt_oss", "nemotron_h", "muse_spark"]  # plain; biase
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one rank": {"ranks": [4, 4, 4, 4]},
+    "wide": {"ranks": [40, 3, DENSE, 37]},
     "whole": {"ranks": [DENSE, DENSE, DENSE, DENSE]},
     "nothing": {"ranks": [0, 0, 0, 0]},
     "base": {"bases": [0, 0, 0, 0]},
@@ -146,9 +147,13 @@ def test_parts_of_a_batch_are_the_batch(model_type: str, features: str) -> None:
         assert_same([experts(*call)], [as_dense(stock, experts, *call)], 1e-5)
 
 
+@pytest.mark.parametrize("bag", [tiles._BAG_PRODUCTS, -1], ids=["summed", "multiplied"])
 @pytest.mark.parametrize("num_tokens", [1, 3, 30, 700])
-@pytest.mark.parametrize("features", ["plain", "one rank", "some bases", "share one", "all"])
-def test_half_precision_equals_the_dense_matrices_to_rounding(features: str, num_tokens: int) -> None:
+@pytest.mark.parametrize("features", ["plain", "wide", "some bases", "share one", "all"])
+def test_half_precision_equals_the_dense_matrices_to_rounding(
+    features: str, num_tokens: int, bag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_BAG_PRODUCTS", bag)
     stock, experts = factorised(**FEATURES[features])
     call = routed(experts, num_tokens)
     inputs = [call[0], call[2], *experts.parameters()]
@@ -162,6 +167,7 @@ def test_half_precision_equals_the_dense_matrices_to_rounding(features: str, num
             assert_same([experts(half[0], call[1], half[1])], expected[:1], 4 * torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_products_in_half_precision_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the numbers of tokens and the ranks."""
     monkeypatch.setattr(tiles, "_BAG_PRODUCTS", -1)
