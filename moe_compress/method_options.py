@@ -125,6 +125,10 @@ class D2MoE(Part):
             raise ValueError("alternate: needs a base, share: none and another weighting than two_sided")
         if self.base_sparsity and (self.base == "none" or self.alternate):
             raise ValueError(f"base_sparsity: {self.base_sparsity} needs a base, and alternate: 0")
+        if self.share != "none" and self.ranks in ("frequency", "full"):
+            raise ValueError(
+                f"ranks: {self.ranks} gives each expert a rank of its own; set share: none, or ranks: uniform"
+            )
         if self.levels and self.share != "none":
             raise ValueError(f"levels: {self.levels} are prefixes of each expert's own factors; set share: none")
         return self

@@ -81,7 +81,8 @@ def shared_right(problem_NN: Tensor, root: InputRoot) -> Tensor:
         root: S of A, one matrix.
     """
     _, vectors_NN = eigenpairs(problem_NN)
-    return _strongest(vectors_NN, len(vectors_NN)).mT @ root.inverse_root_ENN[0]
+    v_NN = _strongest(vectors_NN, len(vectors_NN)).mT @ root.inverse_root_ENN[0]
+    return v_NN / v_NN.norm(dim=1, keepdim=True)  # the scale of the covariance must not overflow a half
 
 
 def project_right(d_EMN: Tensor, root: InputRoot, v_RN: Tensor) -> tuple[Tensor, Tensor]:

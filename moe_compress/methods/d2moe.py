@@ -195,11 +195,13 @@ class GroupProblem:
 
     def _shared(self, members: Sequence[int], rows: slice) -> Tensor:
         """(N, N) right factor of several experts, strongest row first."""
-        metrics = [self._block_metric(slice(expert, expert + 1)) for expert in members]
-        gram = torch.stack([metric.gram for metric in metrics]).sum(0)
+        blocks = [slice(expert, expert + 1) for expert in members]
+        gram = self.metric.gram(blocks[0]).clone()
+        for block in blocks[1:]:
+            gram += self.metric.gram(block)
         root = InputRoot.from_gram(gram, self.options.damping)
         problem = torch.zeros_like(gram[0])
-        for metric in metrics:
+        for metric in map(self._block_metric, blocks):
             weighted = metric.weighted(self._delta(metric.block)[:, rows], rows)
             problem += right_gram(weighted, root)[0] / metric.scale
         return shared_right(problem, root)

@@ -20,7 +20,7 @@ from ..linalg.similarity import cosine, gram_cosine
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group
-from .grouping import cluster_experts
+from .grouping import Floats, cluster_experts
 from .metric import input_gram
 from .slots import Slot
 
@@ -98,13 +98,17 @@ def candidates(
     num_experts = layer.num_experts
 
     @cache
+    def similarity_EE() -> Floats:
+        array: Floats = _similarity(options, statistics, blocks).numpy()
+        return array
+
+    @cache
     def clusters(count: int) -> tuple[int, ...]:
         """The leader of each expert's cluster."""
         if count == 1:
             return (0,) * num_experts
-        similarity = _similarity(options, statistics, blocks)
         score_E = statistics["num_tokens"].double().numpy()
-        return tuple(cluster_experts(similarity.numpy(), min(count, num_experts), score_E).tolist())
+        return tuple(cluster_experts(similarity_EE(), min(count, num_experts), score_E).tolist())
 
     def form(num_bases: int, num_shared: int) -> Form:
         base_of = share_of = None

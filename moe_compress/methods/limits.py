@@ -54,6 +54,8 @@ def check_ratio(layers: list[MoELayer], options: D2MoE) -> None:
     if options.ratio is None:
         return
     highest = highest_ratio(layers, options)
+    if highest <= 0 and options.num_bases != 1:
+        raise RecipeError(f"method.num_bases: {options.num_bases} bases are all the experts there are; lower it")
     named = f"{max(math.floor(highest * 10_000), 0) / 10_000:g}"  # rounded up it would be refused itself
     if options.ranks != "allocated":
         if options.ratio > highest + 1e-12:
@@ -87,7 +89,9 @@ def fixed_ranks(layer: MoELayer, slot: Slot, options: D2MoE, sensitivity_E: Floa
     rank = mean_rank(layer, slot, options)
     if options.ranks != "frequency" or sensitivity_E is None:
         return [rank] * layer.num_experts
-    return share_out(rank * layer.num_experts, sensitivity_E, min(slot.num_rows, slot.num_columns))
+    # beyond the break-even rank factors cost more than the matrix, and those of full rank have no prefixes
+    most = slot.num_rows * slot.num_columns // (slot.num_rows + slot.num_columns)
+    return share_out(rank * layer.num_experts, sensitivity_E, most)
 
 
 def share_out(total: int, weight_E: Floats, most: int) -> list[int]:

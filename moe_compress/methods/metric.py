@@ -39,6 +39,9 @@ from ..model.expert_bank import Group
 
 _GRAMS = {"loss": "loss_gram", "input": "gram", "two_sided": "gram"}
 
+_BLOCK_ELEMENTS = 2**29
+"""Of a tensor of all experts of a block: several are there at once."""
+
 Weights = Callable[[slice], Tensor]
 """(n, M, N) fp32 weights of a block of experts, channels in aligned order."""
 
@@ -49,11 +52,13 @@ def input_gram(group: Group, options: D2MoE) -> str | None:
     return gram and f"{group}_input_{gram}"
 
 
-def sums_used(options: D2MoE, group: Group) -> list[str]:
+def sums_used(layer: MoELayer, group: Group, options: D2MoE) -> list[str]:
     """Names of the statistics that a group's problem may read: the rest need not be loaded."""
     names = ["num_tokens", "router_gram", f"{group}_fisher", f"{group}_fisher_columns"]
     if gram := _GRAMS.get(options.weighting):
-        names += [f"{group}_input_{gram}", f"{group}_output_{gram}"]
+        side = up_side(layer) if group == "up" else down_side(layer)
+        has_others = options.base != "none" or options.share != "none"
+        names += [f"{group}_{side}_{gram}"] + [f"{group}_input_{gram}"] * has_others
     if options.weighting == "two_sided":
         names += [f"{group}_grad_gram", f"{group}_grad_diagonal"]
     return names
@@ -101,9 +106,10 @@ class ErrorMetric:
 
     def blocks(self) -> Iterator[slice]:
         """Experts to work on at once: LAPACK gains nothing from a batch, a GPU does."""
-        size = 1 if self.device.type == "cpu" else self.layer.num_experts
-        for start in range(0, self.layer.num_experts, size):
-            yield slice(start, start + size)
+        num_experts, largest = self.layer.num_experts, max(self.num_columns, self.layer.up_shape[0]) * self.num_columns
+        size = 1 if self.device.type == "cpu" else max(1, _BLOCK_ELEMENTS // largest)
+        for start in range(0, num_experts, size):
+            yield slice(start, min(start + size, num_experts))
 
     def gram(self, block: slice) -> Tensor:
         """(n, K, K) fp32 covariances of the inputs, or of the outputs, those of rare experts shrunk."""
@@ -123,6 +129,8 @@ class ErrorMetric:
         name = f"{self.group}_grad_gram"
         if name in self.statistics:
             gram = self._seen(name, block)
+            if not bool((self.num_tokens[block] < self.options.min_tokens).any()):
+                return gram
             return shrink_rare(gram, self.num_tokens[block], self.options.min_tokens, self._mean_gradient)
         diagonal = self._diagonals[block]
         mean = self._diagonals.sum(0) / self.num_tokens.sum().clamp_min(1)
@@ -192,6 +200,7 @@ class BlockMetric:
 
     def __init__(self, metric: ErrorMetric, block: slice, num_rows: int) -> None:
         self.metric, self.block = metric, block
+        self._output_roots: dict[int, InputRoot] = {}
         self.is_right = num_rows >= metric.num_columns
 
     @cached_property
@@ -252,7 +261,10 @@ class BlockMetric:
         if self._gradient.dim() == 2:
             root = self._diagonal_root(rows)
             return InputRoot(root.diag_embed(), root.reciprocal().diag_embed())
-        return InputRoot.from_gram(self._gradient[:, rows, rows], self.metric.options.damping)
+        if rows.start not in self._output_roots:
+            gram = self._gradient[:, rows, rows]
+            self._output_roots[rows.start] = InputRoot.from_gram(gram, self.metric.options.damping)
+        return self._output_roots[rows.start]
 
     def _diagonal_root(self, rows: slice) -> Tensor:
         """(n, M) square roots of a diagonal weight, damped as a whole one is."""

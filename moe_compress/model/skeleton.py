@@ -318,8 +318,10 @@ class Skeleton:
         num_experts = self.model.get_parameter(name).shape[0]
         if len(entries) == 1:
             return {entries[0].name: entries[0].rows(rows)} if entries[0].shape[0] == num_experts else {}
-        numbers = zip(*(re.findall(r"\d+", entry.name) for entry in entries), strict=True)
-        by_expert = [column for column in numbers if {*map(int, column)} == {*range(num_experts)}]
+        numbers = [re.findall(r"\d+", entry.name) for entry in entries]
+        if len(set(map(len, numbers))) > 1:
+            return {}
+        by_expert = [column for column in zip(*numbers, strict=True) if {*map(int, column)} == {*range(num_experts)}]
         if len(by_expert) != 1 or name in self._siblings:
             return {}
         return {entry.name: entry for entry, expert in zip(entries, by_expert[0], strict=True) if int(expert) in rows}

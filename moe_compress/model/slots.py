@@ -125,7 +125,7 @@ class FactorisedSlot:
         self.based = Spans(starts, tuple(num_rows * (base >= 0) for base in self.bases))
         self.num_base_columns = num_columns if base_columns is None else base_columns
         self.has_base_columns = self.num_bases > 0 and base_columns is not None
-        self.num_kept_columns = self.num_base_columns - floor(skip * self.num_base_columns)
+        self.num_kept_columns = self.num_base_columns - floor(skip * self.num_base_columns + 1e-9)
 
     def _check(self, field: str, given: list[int] | None, is_valid: Any, rule: str) -> None:
         if given is None:

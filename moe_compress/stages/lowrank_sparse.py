@@ -61,7 +61,7 @@ class _MergedGroup:
     def __init__(self, place: SparsePlace, path: str, group: Group, grouping: Grouping) -> None:
         self.place, self.group, self.grouping = place, group, grouping
         self.layer, weight = read_weight(place.merge.checkpoint, path, group)
-        factorised = sums_used(place.factorisation, group)
+        factorised = sums_used(self.layer, group, place.factorisation)
         used = {*factorised, f"{group}_fisher_columns", "num_tokens", f"{group}_fisher", "saliency_sum"}
         self.statistics = LayerStatistics.load(self.layer, statistics_path(place.merge.statistics, path), list(used))
         self.orders = read_orders(place.merge, path, grouping)

@@ -95,7 +95,7 @@ class _Setup:
         self.place, self.group = place, group
         self.skeleton, layers = open_checkpoint(place.checkpoint)
         self.layer = layers[path]
-        used = sums_used(place.options, group)
+        used = sums_used(self.layer, group, place.options)
         self.statistics = LayerStatistics.load(self.layer, statistics_path(place.statistics, path), used)
         self.order: Tensor | None = None
         if place.options.align:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from moe_compress.linalg.packed import pack
@@ -269,3 +270,31 @@ def test_deltas_make_up_for_columns_that_are_gone(shape: Shape) -> None:
             for expert in range(4):
                 found = base + u[layout.factor_rows(expert)].T @ v[layout.right_rows(expert)]
                 torch.testing.assert_close(found, case.weight[group][expert, slot.rows], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_bases": 2},
+        {"num_bases": "budget", "base": "mean", "ranks": "uniform"},
+        {"alternate": 2},
+        {"alternate": 2, "base": "mean", "weighting": "two_sided"},
+        {"base_sparsity": 0.5},
+        {"share": 2, "ranks": "frequency"},
+        {"share": 2, "ranks": "full"},
+        {"share": 2, "levels": [0.6]},
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="num_bases|alternate|base_sparsity|ranks|levels"):
+        method(**options)
+
+
+def test_shared_factors_stay_small_in_half_precision() -> None:
+    case = make_case((12, 8, True), (60, 70, 80, 90))
+    small = {group: [x * 1e-4 for x in rows] for group, rows in case.inputs.items()}
+    case = replace(case, inputs=small)
+    problem = case.problem("up", method(weighting="input"), form=Form(share_of=(0, 0, 0, 0)))
+    found = rebuilt(problem, {"gate_up": [12] * 4}, torch.float16)["gate_up"]
+    torch.testing.assert_close(found, case.weight["up"], rtol=0, atol=2e-2)
