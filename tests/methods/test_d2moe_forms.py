@@ -287,7 +287,7 @@ def test_deltas_make_up_for_columns_that_are_gone(shape: Shape) -> None:
     ids=str,
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="num_bases|alternate|base_sparsity|ranks|levels"):
+    with pytest.raises(ValidationError, match=r"num_bases|alternate|base_sparsity|ranks|levels"):
         method(**options)
 
 
