@@ -150,7 +150,8 @@ class FactorisedExperts(nn.Module):
         if is_summed:
             bases, base_TK = self._bases(down), self._base_of(down, route)
             sums = [route.mix(inner_SF, top_k_weights * (base_TK == base)) for base in range(down.num_bases)]
-            mixed_TD = mixed_TD + bases.product_of_sums(bases.stored(torch.stack(sums, dim=1)))
+            sums_TBF = torch.stack(sums, dim=1) if len(sums) > 1 else sums[0][:, None]
+            mixed_TD = mixed_TD + bases.product_of_sums(bases.stored(sums_TBF))
         if self.has_bias and not self.has_post_expert_norm:
             weights_TE = top_k_weights.new_zeros(len(top_k_weights), self.num_experts, dtype=torch.float32)
             weights_TE = weights_TE.scatter_add(1, top_k_index, top_k_weights.float())
