@@ -6,8 +6,8 @@ Of the C stored columns those are skipped that matter least for the inputs X of 
 
 Source: arXiv 2502.17298, section 3.3 (semi-dynamic pruning of the base). How many are skipped is fixed, so nothing
 waits for the host. Skipping pays where the columns that stay lie together: a base that skips is laid out by column at
-its first call. Then a few rows are sums of weighted columns (embedding_bag, which reads no other column), and many
-rows a product with the columns copied out; in between the inputs of the others are zero, at the price of no skipping.
+its first call. Then a row or two are sums of weighted columns (embedding_bag, which reads no other column and copies
+none), and more rows a product with the columns copied out.
 
 Shapes: B bases of M rows and C stored columns, R rows of inputs with all N columns.
 """
@@ -20,10 +20,6 @@ from torch import Tensor, nn
 
 from .slots import FactorisedSlot
 from .tiles import product_of_all
-
-_MANY_ROWS = 128
-"""From here on copying columns costs less than multiplying with those that it saves."""
-
 
 _CACHED_ROWS = 128
 """Rows of fp32 at a time, so that they stay in the cache."""
@@ -89,21 +85,21 @@ class Bases:
         """Inputs and (B, M, .) bases whose product is that of the columns kept."""
         if kept is None:
             return x_RC, self.base_BMC
-        if len(x_RC) >= _MANY_ROWS:
-            base_KBM = self.base_BMC.permute(2, 0, 1).index_select(0, kept)
-            return x_RC.index_select(1, kept), base_KBM.permute(1, 2, 0)
-        return x_RC * torch.zeros_like(x_RC[:1]).index_fill(1, kept, 1), self.base_BMC
+        base_KBM = self.base_BMC.permute(2, 0, 1).index_select(0, kept)
+        return x_RC.index_select(1, kept), base_KBM.permute(1, 2, 0)
 
     def product(self, x_RC: Tensor) -> Tensor:
         """(R, B M) every row by every base."""
         kept = self.kept(x_RC)
+        if kept is None:
+            return product_of_all(x_RC, self.base_BMC.flatten(0, 1))
         table_CX = self.base_BMC.permute(2, 0, 1).flatten(1)
-        is_few = kept is not None and len(x_RC) * len(kept) <= len(table_CX)
-        if kept is not None and is_few and table_CX.is_contiguous() and not torch.is_grad_enabled():
+        is_few = len(x_RC) * len(kept) <= len(table_CX)
+        if is_few and table_CX.is_contiguous() and not torch.is_grad_enabled():
             weights_RK = x_RC.index_select(1, kept)
             return F.embedding_bag(kept.expand(weights_RK.shape), table_CX, mode="sum", per_sample_weights=weights_RK)
         x, base = self.narrowed(x_RC, kept)
-        return product_of_all(x, base.flatten(0, 1))
+        return F.linear(x, base.flatten(0, 1))
 
     def product_of_sums(self, x_TBC: Tensor) -> Tensor:
         """(T, M) the sum over the bases, each by its own inputs."""
