@@ -98,6 +98,12 @@ def breadth(request: pytest.FixtureRequest) -> dict[str, str]:
     return request.config.stash.setdefault(BREADTH, {})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: one of them must not be what all other processes wait for at the end."""
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist hands its rows to whoever prints the table."""
     output = getattr(session.config, "workeroutput", None)
