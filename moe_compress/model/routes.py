@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -152,7 +152,8 @@ def _sorted(index_TK: Tensor, order: Sequence[int], is_windowed: bool) -> tuple[
     num_experts = len(order)
     place_E = constant(tuple(order), device).argsort()
     place_P, pair_P = torch.sort(place_E[index_TK.reshape(-1)], stable=True)
-    counts = torch.bincount(place_P, minlength=num_experts).tolist()
+    ends = torch.searchsorted(place_P, torch.arange(num_experts, device=device), right=True).tolist()
+    counts = [stop - start for start, stop in pairwise([0, *ends])]
     row_P = torch.empty_like(pair_P).index_put_((pair_P,), torch.arange(len(pair_P), device=device))
     token_S = F.pad(pair_P // top_k, (0, surplus(len(pair_P)) if is_windowed else 0))
     return index_TK, SortedRows(order, counts, token_S, is_windowed), row_P.view(num_tokens, top_k), pair_P
@@ -174,19 +175,19 @@ class Looped(Route):
         super().__init__(index_TK, rows.token_S, row_TK)
         self.rows, self.pair_P = rows, pair_P
 
-    def _is_gathered(self) -> bool:
+    def _has_own_rows(self) -> bool:
         """Whether every pair has a row of its own, so that rows move by gathering alone, forward and backward."""
         return self.pair_P is not None and self.index_TK.device.type == "cpu"
 
     def spread(self, hidden_TD: Tensor) -> Tensor:
-        if not self._is_gathered():
+        if not self._has_own_rows():
             return super().spread(hidden_TD)
         spread: Tensor = Spread.apply(hidden_TD, self.token_S, self.row_TK)
         return spread
 
     def parts(self) -> Iterator[Route]:
         """On a CPU some experts at a time, so that all between spreading and mixing stays in the cache."""
-        if not self._is_gathered() or torch.is_grad_enabled() or self.rows.num_routed < 2 * _PART_ROWS:
+        if not self._has_own_rows() or torch.is_grad_enabled() or self.rows.num_routed < 2 * _PART_ROWS:
             yield self
             return
         start = first = 0
@@ -196,7 +197,7 @@ class Looped(Route):
                 start, first = stop, last
 
     def mix(self, out_SD: Tensor, weights_TK: Tensor) -> Tensor:
-        if not self._is_gathered():
+        if not self._has_own_rows():
             return super().mix(out_SD, weights_TK)
         if not torch.is_grad_enabled() and weights_TK.dtype == out_SD.dtype:
             return F.embedding_bag(self.row_TK, out_SD, mode="sum", per_sample_weights=weights_TK)  # fp32 inside
@@ -219,7 +220,7 @@ class Looped(Route):
 
 
 class Part(Looped):
-    """Some experts' rows of a sorted `loop`; its token of a pair and the mixing are the whole's."""
+    """Some experts' rows of a sorted `loop`, without gradients; the mixing is the whole's."""
 
     def __init__(self, whole: Looped, experts: slice, rows: slice) -> None:
         counts, order, is_windowed = whole.rows.counts[experts], whole.rows.order[experts], whole.rows.is_windowed
@@ -290,8 +291,8 @@ def _bucket_product(term: Term, runs: list[Run], length: int) -> dict[int, Tenso
     if firsts == [firsts[0] + i * length for i in range(len(runs))] and all(run.length == length for run in runs):
         stack_GLX = table[firsts[0] : firsts[0] + len(runs) * length].unflatten(0, (len(runs), length))
     else:
-        spans = Spans(tuple(firsts), tuple(run.length for run in runs))
-        index_GL, is_beyond_GL = _places(spans, length, torch.arange(len(runs), device=table.device))
+        spans = torch.tensor([(run.first, run.length) for run in runs], device=table.device)
+        index_GL, is_beyond_GL = _places(spans[:, 0], spans[:, 1], length)
         stack_GLX = table[index_GL].masked_fill(is_beyond_GL[:, :, None], 0)
     rows = torch.cat([source[run.start : run.start + run.count] for run in runs])
     if term.kind == "expand":
@@ -332,7 +333,9 @@ class Gathered(Route):
 
     def _term(self, term: Term, width: int) -> Tensor:
         source, table = term.source, term.table
-        index_PW, is_beyond_PW = _places(term.spans, term.spans.width, self.index_TK.flatten())
+        ids_P, device = self.index_TK.flatten(), self.index_TK.device
+        first_P, length_P = constant(term.spans.starts, device)[ids_P], constant(term.spans.lengths, device)[ids_P]
+        index_PW, is_beyond_PW = _places(first_P, length_P, term.spans.width)
         if term.kind == "expand":
             assert table is not None
             return torch.bmm(source[:, None, : term.spans.width], table[index_PW])[:, 0]
@@ -345,9 +348,8 @@ class Gathered(Route):
         return F.pad(found_PW.masked_fill(is_beyond_PW, 0), (0, width - term.spans.width))
 
 
-def _places(spans: Spans, width: int, ids_G: Tensor) -> tuple[Tensor, Tensor]:
-    """(G, width) where the spans of some experts lie, 0 beyond their end; (G, width) whether it is beyond."""
-    start_E, length_E = constant(spans.starts, ids_G.device), constant(spans.lengths, ids_G.device)
-    step_W = torch.arange(width, device=ids_G.device)
-    is_beyond_GW = step_W >= length_E[ids_G][:, None]
-    return (start_E[ids_G][:, None] + step_W).masked_fill(is_beyond_GW, 0), is_beyond_GW
+def _places(first_G: Tensor, length_G: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(G, width) where the numbers of some spans lie, 0 beyond their end; (G, width) whether it is beyond."""
+    step_W = torch.arange(width, device=first_G.device)
+    is_beyond_GW = step_W >= length_G[:, None]
+    return (first_G[:, None] + step_W).masked_fill(is_beyond_GW, 0), is_beyond_GW
