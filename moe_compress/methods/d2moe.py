@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,6 +42,25 @@ _LEAST_DAMPING = 1e-6
 
 _LEAST_GAIN = 1e-3
 """Relative, by which a round of alternation must lower the error for another to follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """(n, M, N) fp32 of a block of experts, channels in aligned order. By itself, so that nothing refers to itself."""
+
+    weight_EMN: Tensor | StoredExperts
+    group: Group
+    order_EC: Tensor | None
+    device: torch.device
+
+    def __call__(self, block: slice) -> Tensor:
+        weight = self.weight_EMN[block].to(self.device, torch.float32)
+        if self.order_EC is None:
+            return weight
+        order = self.order_EC[block]
+        if self.group == "up":
+            return weight.gather(1, order[:, :, None].expand_as(weight))
+        return weight.gather(2, order[:, None, :].expand_as(weight))
 
 
 class GroupProblem:
@@ -80,13 +100,10 @@ class GroupProblem:
         self.weight_EMN, self.form = weight_EMN, form
         self.slots = slots(layer, group, options)
         self.items = form.items(layer.num_experts)
-        self._order_EC = (
-            None if permutations_EF is None else channel_index(layer, group, permutations_EF.to(self.device))
-        )
+        order_EC = None if permutations_EF is None else channel_index(layer, group, permutations_EF.to(self.device))
+        self._weight = _Weights(weight_EMN, group, order_EC, self.device)
         needs_input = form != PLAIN
-        self.metric = ErrorMetric(
-            layer, group, statistics, options, self._order_EC, self._weight, needs_input, self.device
-        )
+        self.metric = ErrorMetric(layer, group, statistics, options, order_EC, self._weight, needs_input, self.device)
         self.bases_BMN, self.columns_C = self._bases(), None
         if self.bases_BMN is not None and options.base_sparsity:
             self.columns_C, self.bases_BMN = self._pruned(self.bases_BMN)
@@ -148,16 +165,6 @@ class GroupProblem:
         return map(self._weight, self.metric.blocks())
 
     # --- deltas --------------------------------------------------------------------------------------------
-
-    def _weight(self, block: slice) -> Tensor:
-        """(n, M, N) fp32, channels in aligned order."""
-        weight = self.weight_EMN[block].to(self.device, torch.float32)
-        if self._order_EC is None:
-            return weight
-        order = self._order_EC[block]
-        if self.group == "up":
-            return weight.gather(1, order[:, :, None].expand_as(weight))
-        return weight.gather(2, order[:, None, :].expand_as(weight))
 
     def _delta(self, block: slice) -> Tensor:
         """(n, M, N) what the bases do not explain."""
