@@ -1,0 +1,1 @@
+"""Recovery: a compressed checkpoint is trained to answer as the original does."""
