@@ -164,7 +164,9 @@ class Windowed:
         """`expand` of runs of few rows, all at once."""
         if not runs:
             return
-        rows, spans, weights = [], [], []
+        rows: list[int] = []
+        spans: list[Tensor] = []
+        weights: list[Tensor] = []
         for run in runs:
             here = range(run.start, run.start + run.count)
             rows += here
