@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .method_options import Part, Ratio
+from .recipe_fields import Folder, Text, TextPairs
 
 Trained = Literal["all", "compressed", "factors", "experts", "routers"]
 
@@ -91,14 +92,13 @@ class DeepSpeed(Part):
     max_failures: int = Field(3, ge=0)
 
 
-class Distillation(Part):
+class Distillation(TextPairs):
     """How a compressed checkpoint recovers; without a teacher, how any checkpoint is trained on text or a task.
 
     Attributes:
         output: folder of the trained checkpoint; `<output of the recipe>-distilled` where nothing is said.
         text: what to train on: files or a dataset, packed into sequences; pairs for an encoder-decoder model.
         task: instead of text, a task (see evaluation/tasks), an example a sequence, trained on the answers.
-        source_field, target_field: what pairs call their two texts.
         num_sequences, sequence_length, seed: how much of the text: the sequences of one epoch, the tokens of each.
         validation_sequences: sequences of the same text that are held out, to choose the best checkpoint by.
         teacher: `cached` computes the teacher's most likely tokens once and needs no teacher in memory, `live` runs it
@@ -113,11 +113,9 @@ class Distillation(Part):
         evaluate_every, checkpoint_every: steps; 0 for the end alone.
     """
 
-    output: str | None = None
-    text: list[str] | dict[str, str] | None = None
+    output: Folder | None = None
+    text: Text | None = None
     task: str | None = None
-    source_field: str = "source"
-    target_field: str = "target"
     num_sequences: int = Field(4096, ge=1)
     sequence_length: int = Field(1024, ge=2)
     validation_sequences: int = Field(32, ge=1)

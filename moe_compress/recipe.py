@@ -8,71 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from .distillation_options import Distillation
 from .errors import RecipeError
 from .method_options import METHODS, Method, Part
+from .recipe_fields import DatasetText, Folder, ModelName, Text, TextPairs
 
 SomePart = TypeVar("SomePart", bound=Part)
-
-
-class DatasetText(Part):
-    """Text of a `datasets` name."""
-
-    dataset: str
-    config: str | None = None
-    split: str = "train"
-
-
-Text = list[str] | DatasetText
-
-
-def _as_text(value: Any) -> Any:
-    if not value or not isinstance(value, str | list | dict | DatasetText):
-        raise ValueError("names no text; give a file, a list of files or a dataset")
-    files = [value] if isinstance(value, str) else value
-    return [_at_home(file) for file in files] if isinstance(files, list) else files
-
-
-def _at_home(path: Any) -> Any:
-    """The path with a leading ~ spelled out."""
-    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
-
-
-def _named(path: Any) -> Any:
-    if path == "":
-        raise ValueError("names nothing; give a path")
-    return _at_home(path)
-
-
-def _on_disk(path: Any) -> Any:
-    if isinstance(path, str) and "://" in path:
-        raise ValueError("object stores are not written to; give a folder of a disk or a mount")
-    return _named(path)
-
-
-ModelName = Annotated[str, BeforeValidator(_named)]
-"""A folder, or a hub id."""
-
-Folder = Annotated[str, BeforeValidator(_on_disk)]
-"""A folder to write."""
-
-
-class TextPairs(Part):
-    """What the text of an encoder-decoder model is: rows of two fields, in .jsonl, .jsonl.gz, .parquet or a dataset.
-
-    `sequence_length` is then the most tokens of a source and of a target. Other models take no notice.
-
-    Attributes:
-        source_field, target_field: what the rows call the two texts.
-    """
-
-    source_field: str = "source"
-    target_field: str = "target"
 
 
 class Calibration(TextPairs):
@@ -90,7 +37,7 @@ class Calibration(TextPairs):
         activation_memory_gb: activations each worker keeps in memory before it spills to the job folder.
     """
 
-    text: Annotated[Text, Field(union_mode="left_to_right")]
+    text: Text
     num_sequences: int = Field(128, ge=1)
     sequence_length: int = Field(2048, ge=2)
     batch_size: int = Field(8, ge=1)
@@ -99,8 +46,6 @@ class Calibration(TextPairs):
     labels: Literal["text", "sampled"] = "text"
     full_covariance: Literal["auto", "always"] = "auto"
     activation_memory_gb: float = Field(0.015625, ge=0)
-
-    _listed = field_validator("text", mode="before")(_as_text)
 
 
 class Evaluation(TextPairs):
@@ -113,14 +58,12 @@ class Evaluation(TextPairs):
         generate: for so many pairs, the first ones, the target is also generated greedily and compared.
     """
 
-    text: Annotated[Text, Field(union_mode="left_to_right")]
+    text: Text
     sequence_length: int = Field(2048, ge=2)
     max_windows: int | None = Field(None, ge=1)
     generate: int = Field(0, ge=0)
     batch_size: int = Field(8, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-
-    _listed = field_validator("text", mode="before")(_as_text)
 
 
 class Cluster(Part):
@@ -144,20 +87,21 @@ class Cluster(Part):
     device: str = "auto"
 
 
-class Recipe(Part):
-    """A job: which checkpoint, how small, where to."""
+class JobRecipe(Part):
+    """What any job has: a folder that a checkpoint appears at, and a workspace."""
+
+    file_name: ClassVar[str]
+    """What the resolved recipe is called in the workspace."""
 
     model: ModelName
     output: Folder
     job_dir: Folder | None = None
-    calibration: Calibration
-    method: Method
     evaluation: Evaluation | None = None
     cluster: Cluster = Cluster()
 
     @property
     def output_path(self) -> Path:
-        """Folder the compressed checkpoint appears at."""
+        """Folder the job's checkpoint appears at."""
         return Path(self.output).absolute()
 
     @property
@@ -172,15 +116,64 @@ class Recipe(Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `--set a.b=value` overrides.
+class Training(JobRecipe):
+    """A job that trains a checkpoint, compressed or not.
+
+    Attributes:
+        model: the checkpoint.
+        teacher: what it learns from; None where it learns from the text alone.
+    """
+
+    file_name = "training.yaml"
+
+    teacher: ModelName | None = None
+    distillation: Distillation
+
+    @model_validator(mode="after")
+    def _has_teacher(self) -> Training:
+        if (self.teacher is None) != (self.distillation.teacher == "none"):
+            raise ValueError("teacher: give the checkpoint to learn from, or set distillation.teacher: none")
+        return self
+
+
+class Recipe(JobRecipe):
+    """A job that compresses: which checkpoint, how small, where to; and how the outcome recovers, if it is to."""
+
+    file_name = "recipe.yaml"
+
+    calibration: Calibration
+    method: Method
+    distillation: Distillation | None = None
+
+    def training(self) -> Training:
+        """The job that trains what this one compresses.
+
+        Raises:
+            RecipeError: nothing is said about it.
+        """
+        settings = self.distillation
+        if settings is None:
+            raise RecipeError("distillation: missing; this key says what to train on, such as {text: train.txt}")
+        return Training(
+            model=self.output,
+            teacher=None if settings.teacher == "none" else self.model,
+            output=settings.output or f"{self.output}-distilled",
+            job_dir=str(self.job_path),
+            distillation=settings,
+            evaluation=self.evaluation,
+            cluster=self.cluster,
+        )
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a recipe as plain data and applies `--set a.b=value` overrides.
 
     Args:
         path: a YAML file. Relative paths inside it are relative to the current directory.
         overrides: `dotted.key=value`, the value read as YAML.
 
     Raises:
-        RecipeError: anything in it cannot be run.
+        RecipeError: it cannot be read.
     """
     try:
         data = yaml.safe_load(Path(path).read_text())
@@ -192,7 +185,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: holds {type(data).__name__}, not a mapping of keys; see jobs/recipes/")
     for override in overrides:
         _override(data, override)
-    return parse_recipe(data)
+    return data
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe that compresses.
+
+    Args:
+        path, overrides: as of `read_recipe`.
+
+    Raises:
+        RecipeError: anything in it cannot be run.
+    """
+    return parse_recipe(read_recipe(path, overrides))
+
+
+def load_training(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe | None, Training]:
+    """Reads a recipe that trains: what makes its student first, if that is part of the recipe, and the training.
+
+    Args:
+        path, overrides: as of `read_recipe`.
+
+    Raises:
+        RecipeError: anything in it cannot be run.
+    """
+    data = read_recipe(path, overrides)
+    if data.get("method") is None:
+        return None, parse_part(Training, {key: value for key, value in data.items() if value is not None})
+    recipe = parse_recipe(data)
+    return recipe, recipe.training()
 
 
 def parse_recipe(data: dict[str, Any]) -> Recipe:

@@ -25,7 +25,8 @@ from ..methods.slots import Slot, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
 from ..model.stored_experts import BLOCK_BYTES
-from ..recipe import DatasetText, Recipe
+from ..recipe import Recipe
+from ..recipe_fields import DatasetText
 from .outcome import Outcome
 from .shape import ModelShape
 from .speed import EIGEN

@@ -179,6 +179,7 @@ def prepare(job: Job, reader: CheckpointReader, skeleton: Skeleton, layers: list
         CheckpointError: a weight is not finite, the tokenizer does not belong to the model.
     """
     recipe = job.recipe
+    assert isinstance(recipe, Recipe)
     folder = job.folder / "tokens"
     folder.mkdir(exist_ok=True)
     tokens = calibration_tokens(recipe.calibration, reader.folder, folder)

@@ -24,7 +24,8 @@ from ..checkpoint.reader import CheckpointReader
 from ..errors import CheckpointError, RecipeError
 from ..job import digest_of
 from ..model.architecture import load_config
-from ..recipe import Calibration, DatasetText, Evaluation, Recipe, Text, TextPairs
+from ..recipe import Calibration, Evaluation, Recipe
+from ..recipe_fields import DatasetText, Text, TextPairs
 
 
 def check_texts(recipe: Recipe, of_pairs: bool) -> None:
