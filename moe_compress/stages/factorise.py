@@ -33,12 +33,6 @@ from .prepare import Prepared
 from .scheme import Decision, Pending, Work, wait_for
 from .units import Workplace, decompose_group, factorise_group, read_spectra, spectra_path, write_table
 
-_SEEN_IN_SPECTRA = {
-    *("base", "num_bases", "share", "cluster_by", "weighting", "gate_up", "align", "damping", "min_tokens"),
-    *("base_sparsity", "base_dynamic", "base_metric"),
-}
-"""Options that the energies depend on; all others only spend them."""
-
 
 @dataclass(frozen=True, slots=True)
 class SlotItem:
@@ -61,7 +55,7 @@ class Factorise:
 
     def __init__(self, job: Job, prepared: Prepared, options: D2MoE) -> None:
         self.job, self.prepared, self.options = job, prepared, options
-        how = options.model_dump(include=_SEEN_IN_SPECTRA)
+        how = options.model_dump(include=_seen_in_spectra(options))
         self.place = Workplace(
             checkpoint=prepared.reader.folder,
             statistics=prepared.statistics,
@@ -170,6 +164,16 @@ class Factorise:
         more = [n for slot in own for name in factor_names(slot) for n in piece_names(name, len(ranks[slot]))[1:]]
         names = self.prepared.skeleton.disk_names(layer, parameter_names(layer, whole) + more + mapped)
         return Work(factorise_group, (self.place, layer.path, group, form, ranks, names))
+
+
+def _seen_in_spectra(options: D2MoE) -> set[str]:
+    """Options that the energies depend on; all others only spend them."""
+    seen = {"base", "num_bases", "share", "weighting", "gate_up", "align", "damping", "min_tokens", "base_sparsity"}
+    if options.base_sparsity:
+        seen |= {"base_dynamic", "base_metric"}
+    if options.num_bases != 1 or options.share not in ("none", 1):
+        seen.add("cluster_by")
+    return seen
 
 
 def read_items(spectra: Path, layer: MoELayer, group: Group, of: list[Slot]) -> dict[Form, list[SlotItem]]:
