@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.statistics import LayerStatistics
-from ..linalg.factorisation import InputRoot, project_right, right_gram, shared_right
+from ..linalg.factorisation import project_right, right_gram, shared_right
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, channel_index
@@ -203,7 +203,7 @@ class GroupProblem:
         gram = self.metric.gram(blocks[0]).clone()
         for block in blocks[1:]:
             gram += self.metric.gram(block)
-        root = InputRoot.from_gram(gram, self.options.damping)
+        root = self.metric.root(gram)
         problem = torch.zeros_like(gram[0])
         for metric in map(self._block_metric, blocks):
             weighted = metric.weighted(self._delta(metric.block)[:, rows], rows)

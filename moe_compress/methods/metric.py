@@ -116,6 +116,12 @@ class ErrorMetric:
             return torch.eye(self.num_columns, device=self.device).expand(block.stop - block.start, -1, -1)
         return self._shrunk(self._seen(self._gram_name, block), block, lambda: self._expected(block))
 
+    def root(self, gram_nKK: Tensor) -> InputRoot:
+        """Of what `gram` gives, or of sums of it, damped."""
+        if self._gram_name is None:  # a multiple of the identity
+            return InputRoot.of_diagonal(damp(gram_nKK, self.options.damping).diagonal(dim1=1, dim2=2).sqrt())
+        return InputRoot.from_gram(gram_nKK, self.options.damping)
+
     def gradient_weight(self, block: slice) -> Tensor:
         """(n, M, M) fp32 covariances of the gradients at the outputs, or (n, M) their diagonals, likewise."""
         name = f"{self.group}_grad_gram"
@@ -205,7 +211,7 @@ class BlockMetric:
     @cached_property
     def root(self) -> InputRoot:
         """Of the damped covariances of the inputs."""
-        return InputRoot.from_gram(self.gram, self.metric.options.damping)
+        return self.metric.root(self.gram)
 
     def energies(self, delta_nMN: Tensor, rows: slice) -> Tensor:
         """(n, K) squared singular values of the weighted problem of some rows of the group's matrices, descending."""
@@ -253,8 +259,7 @@ class BlockMetric:
 
     def _output_root(self, rows: slice) -> InputRoot:
         if self._gradient.dim() == 2:
-            root = self._diagonal_root(rows)
-            return InputRoot(root.diag_embed(), root.reciprocal().diag_embed())
+            return InputRoot.of_diagonal(self._diagonal_root(rows))
         if rows.start not in self._output_roots:
             gram = self._gradient[:, rows, rows]
             self._output_roots[rows.start] = InputRoot.from_gram(gram, self.metric.options.damping)
