@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from .method_options import Part, Ratio
 from .recipe_fields import Folder, Text, TextPairs
 
-Trained = Literal["all", "compressed", "factors", "experts", "routers"]
+Trained = Literal["all", "experts", "factors", "wholes", "routers"]
 
 
 class Loss(Part):
@@ -104,8 +104,9 @@ class Distillation(TextPairs):
         teacher: `cached` computes the teacher's most likely tokens once and needs no teacher in memory, `live` runs it
             beside the student, `none` trains on the text alone.
         teacher_top_k: how many tokens the cache keeps for each position; all others share the mass that is left.
-        train: `all` parameters but the routers', those of the `compressed` experts, their `factors`, stored or merged
-            `experts` as wholes, `routers` alone (Router-KD), or a list of patterns of parameter names.
+        train: `all` parameters but the routers' (the paper's way), those of the `experts`, of these the low-rank and
+            sparse `factors` alone or the `wholes` alone (merged experts, bases), the `routers` alone (Router-KD), or a
+            list of patterns of parameter names.
         epochs, max_steps: how long; the first of both to be reached.
         batch_size: sequences an optimizer step, over all processes.
         micro_batch_size: sequences a forward pass of one process; changes memory, not the result but by rounding.

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,6 +78,20 @@ def deepspeed_config(settings: Distillation, dtype: torch.dtype, accumulation: i
     }
 
 
+@contextmanager
+def partitioned(config: dict[str, Any], is_on: bool) -> Iterator[None]:
+    """Models that transformers loads here keep a part of their parameters alone, if `is_on`."""
+    if not is_on:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers asks for it as long as it lives, which is how it learns of ZeRO 3
+    alive = HfDeepSpeedConfig(config)
+    yield
+    del alive
+
+
 class Engine:
     """A model under training.
 
@@ -95,7 +109,7 @@ class Engine:
         import deepspeed
 
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.options = settings.optimizer
+        self.options, self._config = settings.optimizer, config
         optimizer = torch.optim.AdamW(
             self.trained.values(),
             lr=0.0,
@@ -125,6 +139,19 @@ class Engine:
             group["lr"] = learning_rate
         self._engine.step()
 
+    def beside(self, teacher: nn.Module) -> Any:
+        """A model that only answers: on this process's device, or spread like this one at stage 3."""
+        teacher.eval().requires_grad_(False)
+        if self._engine.zero_optimization_stage() != 3:
+            return teacher.to(self.device)
+        import deepspeed
+
+        config = {key: value for key, value in self._config.items() if key not in ("gradient_clipping", "data_types")}
+        config["zero_optimization"] = {
+            key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"
+        }
+        return deepspeed.initialize(model=teacher, config=config)[0]
+
     @property
     def gradient_norm(self) -> float | None:
         """Before clipping, of the last step."""
@@ -152,14 +179,19 @@ class Engine:
             state = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             yield name, {MASTER: safe_get_full_fp32_param(parameter), **state}
 
-    def load_state(self, step: int, state: dict[str, dict[str, Tensor]]) -> None:
-        """Goes on from what `state` gave after `step` optimizer steps; all processes must call it."""
+    def load_state(self, step: int, read: Callable[[str], dict[str, Tensor]]) -> None:
+        """Goes on from what `state` gave after some optimizer steps; all processes must call it.
+
+        Args:
+            step: how many.
+            read: gives a parameter's state by its name.
+        """
         from deepspeed import utils
 
         self._begin_moments(step)
         parameter: Any
         for name, parameter in self.trained.items():
-            own = state[name]
+            own = read(name)
             if self._is_plain(parameter):
                 with torch.no_grad():
                     parameter.copy_(own[MASTER])

@@ -21,6 +21,7 @@ from ..executor import Executor
 from ..job import Job, digest_of
 from ..model.levels import level_names
 from ..progress import Reporter
+from ..recipe import Evaluation
 from .prepare import Prepared
 from .units import write_table
 
@@ -34,25 +35,51 @@ def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporte
     settings = prepared.recipe.evaluation
     if settings is None or prepared.evaluation_tokens is None:
         return None
-    output, tokens = prepared.recipe.output_path, prepared.evaluation_tokens
+    output = prepared.recipe.output_path
     manifest = Manifest.load(output)
     names = level_names(CheckpointReader(output).config)
     levels: list[str | None] = [*names] if names else [None]
-    scores: dict[str | None, Scores] = {}
-    for level in levels:
-        what = (tokens.stem, settings.dtype, settings.generate, level)
-        target = job.folder / f"evaluation-{digest_of(manifest.unmeasured().text(), *what)}.parquet"
-        if not target.exists():
-            how = (tokens, settings.batch_size, settings.dtype, prepared.recipe.cluster.device, executor, reporter)
-            table = run_evaluation(output, prepared.reader.folder, *how, settings.generate, level)
-            write_table(target, table)
-        scores[level] = merge_scores(pq.read_table(target))
+    scores = {
+        level: scored(
+            job,
+            output,
+            manifest.unmeasured().text(),
+            prepared.reader.folder,
+            settings,
+            prepared.evaluation_tokens,
+            executor,
+            reporter,
+            level,
+        )
+        for level in levels
+    }
     found = scores[levels[0]].to_dict()
     if names:
         found["levels"] = {name: scores[name].to_dict() for name in names}
         manifest.measured({name: scores[name].perplexity for name in names}).save(output)
     atomic_write(job.folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
     return found
+
+
+def scored(
+    job: Job,
+    checkpoint: Path,
+    identity: str,
+    against: Path | None,
+    settings: Evaluation,
+    tokens: Path,
+    executor: Executor,
+    reporter: Reporter,
+    level: str | None = None,
+) -> Scores:
+    """Scores of a checkpoint whose content `identity` stands for; its windows are kept in the job folder."""
+    what = (tokens.stem, settings.dtype, settings.generate, level)
+    target = job.folder / f"evaluation-{digest_of(identity, *what)}.parquet"
+    if not target.exists():
+        how = (tokens, settings.batch_size, settings.dtype, job.recipe.cluster.device, executor, reporter)
+        table = run_evaluation(checkpoint, against, *how, settings.generate, level)
+        write_table(target, table)
+    return merge_scores(pq.read_table(target))
 
 
 def run_evaluation(

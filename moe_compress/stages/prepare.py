@@ -19,7 +19,7 @@ from ..methods.limits import check_ratio
 from ..model.discovery import MoELayer
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton
-from ..recipe import Cluster, Recipe
+from ..recipe import Cluster, JobRecipe, Recipe
 from .tokens import calibration_tokens, check_texts, check_vocabulary, evaluation_tokens, load_tokenizer
 
 
@@ -121,7 +121,7 @@ def _check_sequential(skeleton: Skeleton, options: D2MoE) -> None:
         )
 
 
-def check_output(recipe: Recipe) -> None:
+def check_output(recipe: JobRecipe) -> None:
     """The output must be a folder that can appear with one rename: free, or a compressed checkpoint.
 
     Raises:
