@@ -170,6 +170,7 @@ class ColumnPruner:
         masked: Tensor = _Masked.apply(s_RM, ~self._is_kept_C[place], self._importance_C[place])
         return masked
 
+    @torch.inference_mode(False)  # an evaluation may come before the first step
     def _move(self, device: torch.device) -> None:
         for name in ("_cost_C", "_score_C", "_importance_C", "_is_kept_C"):
             setattr(self, name, getattr(self, name).to(device))
@@ -238,9 +239,9 @@ class ColumnPruner:
         Returns:
             the state with fewer columns and their numbers; `quantization_config.layers` of its config.json.
         """
-        state, layers = dict(state), deepcopy(self._layers)
+        state, layers, is_kept_C = dict(state), deepcopy(self._layers), self._is_kept_C.cpu()
         for packed in self._packed:
-            slot, is_kept_R = packed.slot, self._is_kept_C[packed.place]
+            slot, is_kept_R = packed.slot, is_kept_C[packed.place]
             num_sparse = [int(is_kept_R[slot.sparse_rows(expert)].sum()) for expert in range(len(slot.ranks))]
             layers[packed.path][slot.name]["num_sparse"] = num_sparse
             columns = getattr(packed.experts, slot.name + INDEX_SUFFIX)
