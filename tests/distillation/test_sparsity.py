@@ -188,6 +188,7 @@ def test_what_is_pruned_stays_pruned_whatever_the_optimizer_does(student: Path) 
     assert training.pruner.is_done
     assert moved > 0  # momentum does move pruned parameters
     logits, dense = logits_of(training.model), dense_of(training.model)
+    gradients = gradients_of(training.model)
     without_filters(training.model)
     assert float((logits_of(training.model) - logits).abs().max()) > 1e-3
     with torch.no_grad():
@@ -196,7 +197,20 @@ def test_what_is_pruned_stays_pruned_whatever_the_optimizer_does(student: Path) 
             parameter *= kept[-1][start : start + len(parameter), None]
             start += len(parameter)
     torch.testing.assert_close(logits_of(training.model), logits, atol=1e-6, rtol=0)
+    expected = gradients_of(training.model)
+    assert float(expected[~kept[-1]].abs().max()) > 0
+    expected[~kept[-1]] = 0
+    torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(dense_of(training.model), dense, atol=0, rtol=0)
+
+
+def gradients_of(model: nn.Module) -> Tensor:
+    """(C, most rows) of the packed sparse columns, filled up with zeros."""
+    loss_of(model, 0).backward()
+    found = [p.grad for p in tables_of(model).values() if p.grad is not None]
+    model.zero_grad()
+    width = max(grad.shape[1] for grad in found)
+    return torch.cat([nn.functional.pad(grad, (0, width - grad.shape[1])) for grad in found])
 
 
 def dense_of(model: nn.Module) -> list[dict[str, Tensor]]:
