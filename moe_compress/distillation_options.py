@@ -109,7 +109,8 @@ class Distillation(TextPairs):
             list of patterns of parameter names.
         epochs, max_steps: how long; the first of both to be reached.
         batch_size: sequences an optimizer step, over all processes.
-        micro_batch_size: sequences a forward pass of one process; changes memory, not the result but by rounding.
+        micro_batch_size: sequences a forward pass of one process; changes memory, not the result but by rounding, and
+            which columns `sparsity` prunes, whose importance is taken a micro-batch.
         dtype: of the forward and backward pass; masters and moments are float32 always. `auto` is the checkpoint's.
         evaluate_every, checkpoint_every: steps; 0 for the end alone.
     """
