@@ -24,6 +24,10 @@ RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTI
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
+FILES = yaml.safe_load((K8S / "files.yaml").read_text())
+"""The pod that holds the volume."""
+
+
 @pytest.fixture(scope="module")
 def setup() -> list[Document]:
     return render(K8S / "setup")
@@ -62,7 +66,7 @@ def test_kuberay_knows_every_field(documents: list[Document]) -> None:
 def test_kubernetes_knows_every_field(documents: list[Document], setup: list[Document]) -> None:
     validate = pytest.importorskip("kubernetes_validate")
     rest = [document for document in documents if document["kind"] not in ("RayCluster", "RayJob")]
-    for document in (*rest, *setup, *pods(documents)):
+    for document in (*rest, *setup, FILES, *pods(documents)):
         validate.validate(document, validate.latest_version(), strict=True)
 
 
@@ -123,7 +127,7 @@ def test_the_token_of_ray_is_asked_for(documents: list[Document]) -> None:
 def test_pods_have_no_rights(documents: list[Document], setup: list[Document]) -> None:
     (namespace,) = of_kind(setup, "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    for pod in pods(documents):
+    for pod in (FILES, *pods(documents)):
         spec = pod["spec"]
         context = spec["securityContext"]
         assert context["runAsNonRoot"]
