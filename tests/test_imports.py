@@ -32,7 +32,7 @@ ALLOWED = {
     "progress": {"job", "memory"},
     "stages": {
         *("errors", "recipe", "method_options", "budget", "checkpoint", "model", "calibration", "linalg", "methods"),
-        *("evaluation", "job", "progress", "executor", "offers"),
+        *("evaluation", "distillation", "job", "progress", "executor", "offers"),
     },
     "executor": {"calibration", "process"},
     "pipeline": {"checkpoint", "executor", "job", "progress", "stages"},
