@@ -28,7 +28,7 @@ ALLOWED = {
     "calibration": {"errors", "process", "checkpoint", "model", "linalg"},
     "methods": {"errors", "method_options", "budget", "linalg", "calibration", "model"},
     "evaluation": {"errors", "checkpoint", "model", "calibration"},
-    "distillation": {"errors", "distillation_options", "checkpoint", "model", "calibration", "evaluation", "progress"},
+    "distillation": {"errors", "process", "distillation_options", "checkpoint", "model", "calibration", "evaluation"},
     "job": {"errors", "recipe", "checkpoint"},
     "progress": {"job", "memory"},
     "stages": {
