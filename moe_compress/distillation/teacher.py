@@ -2,8 +2,8 @@
 
 For every token to be predicted the K largest logits are kept, and of all others the log of their mass at the
 temperature T; losses.py says what that means for the divergence. Logits are relative to the row's largest, which
-changes no distribution and lets float16 hold them: an error of 2^-11 of the distance from the top is an error of at
-most 2e-4 of a probability, and far less of a divergence, in which such errors cancel.
+changes no distribution and lets float16 hold them: its error, 2^-11 of the distance from the top, is at most 2e-4 of
+a probability and far less of a divergence, where errors of both signs are summed.
 
 A cache is a folder of Parquet shards, each of some sequences in their order, one a row:
 
@@ -12,9 +12,9 @@ A cache is a folder of Parquet shards, each of some sequences in their order, on
     logits    list<fixed_size_binary[2 K]>   K float16
     log_tail  list<float>
 
-A token's ids are one binary value, because Parquet spends time on every value of a list: like this a sequence is
-read at the speed of memory, twenty times as fast as a list of numbers is. Nothing is compressed, as logits do not
-compress. A sequence, or some short ones, is a row group, which is what is read for it.
+A token's ids are one binary value, because Parquet spends time on every value of a list: like this gigabytes a second
+are read, twenty times as much as of lists of numbers. Nothing is compressed, as it gains little and costs more. A
+sequence, or some short ones, is a row group, which is what is read for it.
 
 Bytes: about (2 + 2) K a token, 4 GB for 4 million tokens and K = 256.
 Shape suffixes: L positions of a sequence, C positions that count, V vocabulary, K tokens kept.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def taught(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def changed(setup: TeacherSetup, folder: Path, top_k: int = 8) -> TeacherSetup:
     """The same in another folder, perhaps with more tokens."""
     folder.mkdir()
-    return TeacherSetup(setup.checkpoint, setup.examples, folder, top_k, setup.temperature, 2, "float32", "cpu")
+    return replace(setup, folder=folder, top_k=top_k)
 
 
 def run(setup: TeacherSetup, num_slots: int = 1) -> TeacherCache:
@@ -149,6 +150,8 @@ def test_a_cache_of_something_else_is_refused(taught: Taught, tmp_path: Path) ->
     ):
         with pytest.raises(RecipeError, match=match):
             cache.check(temperature, top_k, num_counted)
+    with pytest.raises(RecipeError, match="temperature"):
+        run(replace(setup, folder=cache.folder, temperature=1.0))
     next(iter(sorted(cache.folder.iterdir()))).unlink()
     for folder in (cache.folder, tmp_path):
         with pytest.raises(RecipeError, match="without a gap"):
