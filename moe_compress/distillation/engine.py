@@ -102,13 +102,13 @@ class Engine:
 
     Attributes:
         module: the model.
-        trained: its trained parameters by name.
+        trained: its trained parameters by name; factors of rank 0 are none.
     """
 
     def __init__(self, model: nn.Module, settings: Distillation, config: dict[str, Any]) -> None:
         import deepspeed
 
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad and _size(p)}
         self.options, self._config = settings.optimizer, config
         optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -137,6 +137,9 @@ class Engine:
         """Ends a micro-batch; after the last one of a step the optimizer steps."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        for parameter in self.trained.values():
+            if parameter.grad is None and self._is_plain(parameter):  # no token came to it; ZeRO has zeros there too
+                parameter.grad = torch.zeros_like(parameter)
         self._engine.step()
 
     def beside(self, teacher: nn.Module) -> Any:
@@ -234,6 +237,11 @@ class Engine:
     def close(self) -> None:
         """Gives back what DeepSpeed holds."""
         self._engine.destroy()
+
+
+def _size(parameter: Any) -> int:
+    size: int = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO 3 leaves a parameter's own shape empty
+    return size
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:
