@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .method_options import Part, Ratio
+from .text_options import Task, as_task
 
 Trained = Literal["all", "compressed", "factors", "experts", "routers"]
 
@@ -97,7 +98,8 @@ class Distillation(Part):
     Attributes:
         output: folder of the trained checkpoint; `<output of the recipe>-distilled` where nothing is said.
         text: what to train on: files or a dataset, packed into sequences; pairs for an encoder-decoder model.
-        task: instead of text, a task (see evaluation/tasks), an example a sequence, trained on the answers.
+        task: instead of text, a task (see evaluation/tasks), an example a sequence, trained on the answers: a name, or
+            `{name: ..., train: files or dataset}`.
         source_field, target_field: what pairs call their two texts.
         num_sequences, sequence_length, seed: how much of the text: the sequences of one epoch, the tokens of each.
         validation_sequences: sequences of the same text that are held out, to choose the best checkpoint by.
@@ -115,7 +117,7 @@ class Distillation(Part):
 
     output: str | None = None
     text: list[str] | dict[str, str] | None = None
-    task: str | None = None
+    task: Task | None = None
     source_field: str = "source"
     target_field: str = "target"
     num_sequences: int = Field(4096, ge=1)
@@ -136,6 +138,11 @@ class Distillation(Part):
     evaluate_every: int = Field(100, ge=0)
     checkpoint_every: int = Field(100, ge=0)
     deepspeed: DeepSpeed = DeepSpeed()
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _named_task(cls, value: Any) -> Any:
+        return as_task(value)
 
     @model_validator(mode="after")
     def _agrees(self) -> Distillation:

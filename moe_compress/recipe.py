@@ -6,47 +6,26 @@ and fix.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from .errors import RecipeError
 from .method_options import METHODS, Method, Part
+from .text_options import DatasetText, Task, TextField, as_task, at_home
 
 SomePart = TypeVar("SomePart", bound=Part)
-
-
-class DatasetText(Part):
-    """Text of a `datasets` name."""
-
-    dataset: str
-    config: str | None = None
-    split: str = "train"
-
-
-Text = list[str] | DatasetText
-
-
-def _as_text(value: Any) -> Any:
-    if not value or not isinstance(value, str | list | dict | DatasetText):
-        raise ValueError("names no text; give a file, a list of files or a dataset")
-    files = [value] if isinstance(value, str) else value
-    return [_at_home(file) for file in files] if isinstance(files, list) else files
-
-
-def _at_home(path: Any) -> Any:
-    """The path with a leading ~ spelled out."""
-    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
 
 
 def _named(path: Any) -> Any:
     if path == "":
         raise ValueError("names nothing; give a path")
-    return _at_home(path)
+    return at_home(path)
 
 
 def _on_disk(path: Any) -> Any:
@@ -90,7 +69,7 @@ class Calibration(TextPairs):
         activation_memory_gb: activations each worker keeps in memory before it spills to the job folder.
     """
 
-    text: Annotated[Text, Field(union_mode="left_to_right")]
+    text: TextField
     num_sequences: int = Field(128, ge=1)
     sequence_length: int = Field(2048, ge=2)
     batch_size: int = Field(8, ge=1)
@@ -100,27 +79,44 @@ class Calibration(TextPairs):
     full_covariance: Literal["auto", "always"] = "auto"
     activation_memory_gb: float = Field(0.015625, ge=0)
 
-    _listed = field_validator("text", mode="before")(_as_text)
-
 
 class Evaluation(TextPairs):
-    """What perplexity and agreement with the original are measured on.
+    """What perplexity and agreement with the original are measured on, and what tasks both are scored by.
 
     Attributes:
         text: files (tokenised as one string) or a dataset; of pairs for an encoder-decoder model.
-        sequence_length: tokens a window; windows do not overlap.
+        sequence_length: tokens a window; windows do not overlap. Also the most tokens of a task's example.
         max_windows: only the first so many windows (or pairs); None for the whole text.
         generate: for so many pairs, the first ones, the target is also generated greedily and compared.
+        tasks: names of evaluation/tasks/templates.py, or `{name: ..., test: files or dataset}`.
+        max_examples: only the first so many examples of each task; None for all.
+        batch_size: windows, or choices of a task, a micro-batch.
     """
 
-    text: Annotated[Text, Field(union_mode="left_to_right")]
+    text: TextField | None = None
     sequence_length: int = Field(2048, ge=2)
     max_windows: int | None = Field(None, ge=1)
     generate: int = Field(0, ge=0)
+    tasks: tuple[Task, ...] = ()
+    max_examples: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
 
-    _listed = field_validator("text", mode="before")(_as_text)
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named_tasks(cls, value: Any) -> Any:
+        return tuple(map(as_task, value)) if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Evaluation:
+        if self.text is None and not self.tasks:
+            raise ValueError("text: missing; give text, or tasks")
+        if self.text is None and self.generate:
+            raise ValueError(f"generate: {self.generate} targets of a text that is not given; give text")
+        twice = [name for name, count in Counter(task.name for task in self.tasks).items() if count > 1]
+        if twice:
+            raise ValueError(f"tasks: {twice[0]!r} is named twice; give each a name of its own")
+        return self
 
 
 class Cluster(Part):
@@ -262,8 +258,8 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: missing; this key is required"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
-    if first["type"] == "value_error" and message.startswith(("ratio:", "levels:")):
-        return f"{where}.{message}"
+    if first["type"] == "value_error" and message.startswith(("ratio:", "levels:", "text:", "generate:", "tasks:")):
+        return f"{where}.{message}".lstrip(".")
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 
 

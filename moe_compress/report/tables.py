@@ -45,6 +45,8 @@ def show_job(job_dir: Path, console: Console) -> None:
     console.print(_quality_table(summary))
     if summary.get("levels"):
         console.print(_level_table(summary["levels"], (summary["scores"] or {}).get("levels", {})))
+    if (summary["scores"] or {}).get("tasks"):
+        console.print(_task_table(summary["scores"]["tasks"]))
     console.print(_stage_table(summary["stages"]))
 
 
@@ -60,13 +62,28 @@ def _quality_table(summary: dict[str, Any]) -> Table:
     add("parameters", parameters["original"], parameters["compressed"], "{:,.0f}".format)
     add("  routed experts", parameters["experts_original"], parameters["experts_compressed"], "{:,.0f}".format)
     add("bytes on disk", size["original"], size["compressed"], bytes_for_people)
-    if scores is not None:
+    if scores is not None and "perplexity" in scores:
         add("perplexity", scores["original_perplexity"], scores["perplexity"], "{:.3f}".format)
         if scores.get("exact_match") is not None:
             add("exact match, generated", scores["original_exact_match"], scores["exact_match"], "{:.2%}".format)
             add("token F1, generated", scores["original_token_f1"], scores["token_f1"], "{:.2%}".format)
         table.add_row("top-1 agreement", "", f"{scores['agreement']:.2%}", "")
         table.add_row("KL, nats a token", "", f"{scores['kl']:.4f} ± {scores['kl_error']:.4f}", "")
+    return table
+
+
+def _task_table(tasks: dict[str, dict[str, Any]]) -> Table:
+    """A row a metric of each task, with 95 % confidence intervals."""
+    table = Table(title="tasks")
+    for column in ("task", "metric", "examples", "original", "compressed", "change"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, score in tasks.items():
+        for metric, found in score["metrics"].items():
+            given = score["original_metrics"][metric]
+            each = [f"{one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}]" for one in (given, found)]
+            name = metric.replace("_", " ")
+            change = f"{100 * (found['value'] - given['value']):+.1f} points"
+            table.add_row(Text(task), name, f"{score['num_examples']:,}", *map(Text, each), change)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,46 @@ from ..executor import Executor
 from ..job import Job, digest_of
 from ..model.levels import level_names
 from ..progress import Reporter
+from ..recipe import Evaluation
+from ..text_options import Task
 from .prepare import Prepared
+from .tasks import TaskScores, beside, score_file, score_tasks
 from .units import write_table
 
 
 def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> dict[str, Any] | None:
-    """Perplexity of both checkpoints and their agreement, window by window; at each level, if there are several.
-
-    Returns:
-        what `evaluation.json` holds: the scores of the whole checkpoint, and by name those of its levels.
-    """
+    """What `evaluation.json` holds: the scores of the whole checkpoint, by name those of its levels, and of tasks."""
     settings = prepared.recipe.evaluation
-    if settings is None or prepared.evaluation_tokens is None:
+    if settings is None:
         return None
-    output, tokens = prepared.recipe.output_path, prepared.evaluation_tokens
+    found: dict[str, Any] = {}
+    if prepared.evaluation_tokens is not None:
+        found |= _on_text(job, prepared, settings, prepared.evaluation_tokens, executor, reporter)
+    if settings.tasks:
+        found["tasks"] = _on_tasks(job, prepared, settings, executor, reporter)
+    atomic_write(job.folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _on_tasks(job: Job, prepared: Prepared, settings: Evaluation, executor: Executor, reporter: Reporter) -> TaskScores:
+    """Scores of both checkpoints on each task, the compressed one at its largest level."""
+    output, original = prepared.recipe.output_path, prepared.reader.folder
+    how = (settings, prepared.recipe.cluster.device, executor, reporter)
+    made = Manifest.load(output).unmeasured().text()
+
+    def kept_in(checkpoint: Path, identity: str) -> Callable[[Task], Path]:
+        return lambda task: score_file(job, task, settings, checkpoint, identity)
+
+    scores = score_tasks(output, *how, kept_in=kept_in(output, made))
+    given = score_tasks(original, *how, whose=" of the original", kept_in=kept_in(original, prepared.source_digest))
+    return beside(scores, given)
+
+
+def _on_text(
+    job: Job, prepared: Prepared, settings: Evaluation, tokens: Path, executor: Executor, reporter: Reporter
+) -> dict[str, Any]:
+    """Perplexity of both checkpoints and their agreement, window by window; at each level, if there are several."""
+    output = prepared.recipe.output_path
     manifest = Manifest.load(output)
     names = level_names(CheckpointReader(output).config)
     levels: list[str | None] = [*names] if names else [None]
@@ -51,7 +78,6 @@ def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporte
     if names:
         found["levels"] = {name: scores[name].to_dict() for name in names}
         manifest.measured({name: scores[name].perplexity for name in names}).save(output)
-    atomic_write(job.folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
     return found
 
 
