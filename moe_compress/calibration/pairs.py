@@ -11,12 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 from ..errors import RecipeError
 from .sources import dataset_rows, file_rows, shuffled
-from .text import IGNORED, TokenBatch
+from .text import IGNORED, TokenBatch, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,15 +70,7 @@ def _tokenise(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, length:
     sources = tokenizer([source for source, _ in found], **cut)["input_ids"]
     targets = tokenizer(text_target=[target for _, target in found], **cut)["input_ids"]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    lengths = torch.tensor([len(ids) for ids in sources])
-    return TokenBatch(
-        _padded(sources, pad), torch.arange(int(lengths.max())) < lengths[:, None], _padded(targets, IGNORED)
-    )
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    """int64 (N, longest row)."""
-    return pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in rows], True, value)
+    return TokenBatch(*padded(sources, pad), padded(targets, IGNORED)[0])
 
 
 def _pair(record: object, where: str, fields: tuple[str, str]) -> Pair:

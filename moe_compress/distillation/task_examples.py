@@ -5,12 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
 from ..calibration.sources import shuffled
-from ..calibration.text import IGNORED
+from ..calibration.text import IGNORED, padded
 from ..evaluation.tasks.encoding import encode
 from ..evaluation.tasks.reading import read_task
 from ..text_options import Task
@@ -58,11 +54,4 @@ def task_examples(
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         inputs = [(one.source + one.target + end)[:-1] for one in encoded]
         targets = [[IGNORED] * (len(one.source) - 1) + one.target + end for one in encoded]
-    lengths = torch.tensor([len(ids) for ids in inputs])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return Examples(_padded(inputs, pad), mask, _padded(targets, IGNORED)), num_cut
-
-
-def _padded(rows: list[list[int]], value: int) -> Tensor:
-    """(N, longest) int64."""
-    return pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in rows], True, value)
+    return Examples(*padded(inputs, pad), padded(targets, IGNORED)[0]), num_cut

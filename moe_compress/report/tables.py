@@ -73,18 +73,23 @@ def _quality_table(summary: dict[str, Any]) -> Table:
 
 
 def _task_table(tasks: dict[str, dict[str, Any]]) -> Table:
-    """A row a metric of each task, with 95 % confidence intervals."""
-    table = Table(title="tasks")
+    """A row a metric of each task."""
+    table = Table(title="tasks, % [95 % confidence interval]")
     for column in ("task", "metric", "examples", "original", "compressed", "change"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        is_name = column in ("task", "metric")
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name)
     for task, score in tasks.items():
         for metric, found in score["metrics"].items():
             given = score["original_metrics"][metric]
-            each = [f"{one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}]" for one in (given, found)]
+            change = f"{100 * (found['value'] - given['value']):+.1f}"
             name = metric.replace("_", " ")
-            change = f"{100 * (found['value'] - given['value']):+.1f} points"
-            table.add_row(Text(task), name, f"{score['num_examples']:,}", *map(Text, each), change)
+            table.add_row(Text(task), name, f"{score['num_examples']:,}", _interval(given), _interval(found), change)
     return table
+
+
+def _interval(estimate: dict[str, float]) -> Text:
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return Text(f"{value:.1f} [{low:.1f}, {high:.1f}]")
 
 
 def _level_table(levels: dict[str, dict[str, Any]], scores: dict[str, dict[str, float]]) -> Table:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ...calibration.text import IGNORED
+from ...calibration.text import IGNORED, padded
 from ...model.streamer import Inputs, model_inputs
 from ..agreement import streamed_logits
 from .asking import Asked
@@ -80,16 +79,9 @@ def log_likelihoods(
 
 
 def _inputs(batch: list[Row]) -> Inputs:
-    ids, mask = _padded([row.input_ids for row in batch], 0)
-    labels = _padded([row.labels for row in batch], IGNORED)[0] if batch[0].labels else None
+    ids, mask = padded([row.input_ids for row in batch], 0)
+    labels = padded([row.labels for row in batch], IGNORED)[0] if batch[0].labels else None
     return model_inputs(ids, mask, labels)
-
-
-def _padded(rows: list[Ids], value: int) -> tuple[Tensor, Tensor]:
-    """((N, longest) int64, its mask); padding stands at the ends."""
-    lengths = torch.tensor([len(ids) for ids in rows])
-    ids = pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in rows], True, value)
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
 def _read_off(logits_SV: Tensor, row: Row) -> list[float]:

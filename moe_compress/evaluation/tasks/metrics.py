@@ -47,7 +47,8 @@ def proportion(right: Sequence[bool]) -> Estimate:
     n, p = len(right), sum(right) / len(right)
     centre, spread = p + _Z**2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     scale = 1 + _Z**2 / n
-    return Estimate(p, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+    # rounding must not leave the value outside
+    return Estimate(p, max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale)))
 
 
 def bootstrap(sums_NK: ArrayLike, statistic: Callable[[NDArray[np.float64]], float]) -> Estimate:
