@@ -55,6 +55,16 @@ def compress(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def distill(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Trains a compressed checkpoint to answer as the original does; without a teacher, any checkpoint on a text."""
+    from moe_compress.recipe import load_training
+
+    from .train import distill as run_training
+
+    run_training(*load_training(recipe, overrides or []), Console())
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

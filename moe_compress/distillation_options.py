@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .method_options import Part, Ratio
-from .text_options import Task, as_task
+from .recipe_fields import Folder, TaskSource, Text, TextPairs, as_task
 
-Trained = Literal["all", "compressed", "factors", "experts", "routers"]
+Trained = Literal["all", "experts", "factors", "wholes", "routers"]
 
 
 class Loss(Part):
@@ -92,7 +92,7 @@ class DeepSpeed(Part):
     max_failures: int = Field(3, ge=0)
 
 
-class Distillation(Part):
+class Distillation(TextPairs):
     """How a compressed checkpoint recovers; without a teacher, how any checkpoint is trained on text or a task.
 
     Attributes:
@@ -100,26 +100,25 @@ class Distillation(Part):
         text: what to train on: files or a dataset, packed into sequences; pairs for an encoder-decoder model.
         task: instead of text, a task (see evaluation/tasks), an example a sequence, trained on the answers: a name, or
             `{name: ..., train: files or dataset}`.
-        source_field, target_field: what pairs call their two texts.
         num_sequences, sequence_length, seed: how much of the text: the sequences of one epoch, the tokens of each.
         validation_sequences: sequences of the same text that are held out, to choose the best checkpoint by.
         teacher: `cached` computes the teacher's most likely tokens once and needs no teacher in memory, `live` runs it
             beside the student, `none` trains on the text alone.
         teacher_top_k: how many tokens the cache keeps for each position; all others share the mass that is left.
-        train: `all` parameters but the routers', those of the `compressed` experts, their `factors`, stored or merged
-            `experts` as wholes, `routers` alone (Router-KD), or a list of patterns of parameter names.
+        train: `all` parameters but the routers' (the paper's way), those of the `experts`, of these the low-rank and
+            sparse `factors` alone or the `wholes` alone (merged experts, bases), the `routers` alone (Router-KD), or a
+            list of patterns of parameter names.
         epochs, max_steps: how long; the first of both to be reached.
         batch_size: sequences an optimizer step, over all processes.
-        micro_batch_size: sequences a forward pass of one process; changes memory, not the result but by rounding.
+        micro_batch_size: sequences a forward pass of one process; changes memory, not the result but by rounding, and
+            which columns `sparsity` prunes, whose importance is taken a micro-batch.
         dtype: of the forward and backward pass; masters and moments are float32 always. `auto` is the checkpoint's.
         evaluate_every, checkpoint_every: steps; 0 for the end alone.
     """
 
-    output: str | None = None
-    text: list[str] | dict[str, str] | None = None
-    task: Task | None = None
-    source_field: str = "source"
-    target_field: str = "target"
+    output: Folder | None = None
+    text: Text | None = None
+    task: TaskSource | None = None
     num_sequences: int = Field(4096, ge=1)
     sequence_length: int = Field(1024, ge=2)
     validation_sequences: int = Field(32, ge=1)

@@ -27,3 +27,7 @@ class CalibrationError(MoECompressError):
 
 class CompressionError(MoECompressError):
     """A layer could not be compressed or written: singular beyond repair, disk full."""
+
+
+class DistillationError(MoECompressError):
+    """A training cannot go on; its snapshots are kept."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from .checkpoint.writer import atomic_write
 from .errors import MoECompressError, RecipeError
-from .recipe import Recipe
+from .recipe import JobRecipe
 
 FORMAT = 2
 """Part of every digest: raised when a change of the code changes what an artifact means."""
@@ -44,7 +44,7 @@ class Job:
         folder: the job folder.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: JobRecipe) -> None:
         self.recipe = recipe
         self.folder = recipe.job_path
 
@@ -76,7 +76,7 @@ class Job:
             lock.truncate()
             lock.write(f"{os.getpid()}\n")
             lock.flush()
-            atomic_write(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            atomic_write(self.folder / self.recipe.file_name, self.recipe.to_yaml())
             yield self
 
     def place(self, kind: str, *made_from: Any) -> Path:

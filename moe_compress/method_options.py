@@ -33,6 +33,11 @@ Ratio = Annotated[float, BeforeValidator(_check_ratio)]
 
 OptionalRatio = Annotated[float | None, BeforeValidator(lambda value: value if value is None else _check_ratio(value))]
 
+Start = Annotated[
+    float | Literal["residual"] | None,
+    BeforeValidator(lambda value: value if value in (None, "residual") else _check_ratio(value)),
+]
+
 Base = Literal["none", "mean", "frequency", "fisher", "fisher_columns", "fisher_frequency", "closed_form"]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -263,6 +268,8 @@ class MCSMoE(Merge):
         ratio: fraction of the routed-expert parameters to remove in all.
         merge_ratio: fraction of the routed experts that merging removes; 0 merges none.
         sparse_share: fraction of the parameters left that go to sparse columns instead of ranks.
+        start: for training that prunes columns until `ratio` is reached (distillation.sparsity): what is removed
+            before, a lower ratio, or `residual` to keep all columns, as the paper does; ranks are those of `ratio`.
         importance: of a sparse column: `gradient` |s dL/ds| by the gradients of the calibration text, `energy`
             |s| alone.
         damping, min_tokens: as for d2moe.
@@ -272,6 +279,7 @@ class MCSMoE(Merge):
     ratio: Ratio
     merge_ratio: float = Field(0.25, ge=0, lt=1)
     sparse_share: float = Field(0.05, ge=0, lt=1)
+    start: Start = None
     importance: Literal["gradient", "energy"] = "gradient"
     damping: float = Field(1e-5, ge=0, le=1)
     min_tokens: int = Field(64, ge=0)
@@ -285,6 +293,8 @@ class MCSMoE(Merge):
     def _merges_less(self) -> MCSMoE:
         if self.merge_ratio >= self.ratio:
             raise ValueError(f"merge_ratio: {self.merge_ratio} is not below ratio, {self.ratio}; lower it")
+        if isinstance(self.start, float) and self.start >= self.ratio:
+            raise ValueError(f"start: {self.start} leaves nothing to prune until ratio, {self.ratio}; lower it")
         if self.router == "shrink":
             raise ValueError("router: no stock checkpoint holds factors; set router: keep or slice")
         return self

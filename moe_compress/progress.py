@@ -25,6 +25,7 @@ class Stage:
         self.name, self.total, self.console = name, total, console
         self.done = 0
         self.tokens = 0.0
+        self.note = ""
         self.started = self._shown = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -44,9 +45,10 @@ class Stage:
         """Since the stage began."""
         return time.monotonic() - self.started
 
-    def advance(self, steps: int = 1, tokens: float = 0) -> None:
-        """Counts finished steps, and the tokens they went through."""
+    def advance(self, steps: int = 1, tokens: float = 0, note: str = "") -> None:
+        """Counts finished steps, and the tokens they went through; the note stands in the line until the next."""
         self.done += steps
+        self.note = note or self.note
         self.tokens += tokens
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, speed=self._speed())
@@ -56,7 +58,8 @@ class Stage:
             self.console.print(f"{self.name} {self.done}/{self.total} {self._speed()} {left_s:.0f} s left")
 
     def _speed(self) -> str:
-        return f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
+        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
+        return ", ".join(filter(None, (speed, self.note)))
 
     def close(self) -> None:
         """Takes the line away and says how long the stage took."""

@@ -9,49 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from .distillation_options import Distillation
 from .errors import RecipeError
 from .method_options import METHODS, Method, Part
-from .text_options import DatasetText, Task, TextField, as_task, at_home
+from .recipe_fields import DatasetText, Folder, ModelName, TaskSource, Text, TextPairs, as_task
 
 SomePart = TypeVar("SomePart", bound=Part)
-
-
-def _named(path: Any) -> Any:
-    if path == "":
-        raise ValueError("names nothing; give a path")
-    return at_home(path)
-
-
-def _on_disk(path: Any) -> Any:
-    if isinstance(path, str) and "://" in path:
-        raise ValueError("object stores are not written to; give a folder of a disk or a mount")
-    return _named(path)
-
-
-ModelName = Annotated[str, BeforeValidator(_named)]
-"""A folder, or a hub id."""
-
-Folder = Annotated[str, BeforeValidator(_on_disk)]
-"""A folder to write."""
-
-
-class TextPairs(Part):
-    """What the text of an encoder-decoder model is: rows of two fields, in .jsonl, .jsonl.gz, .parquet or a dataset.
-
-    `sequence_length` is then the most tokens of a source and of a target. Other models take no notice.
-
-    Attributes:
-        source_field, target_field: what the rows call the two texts.
-    """
-
-    source_field: str = "source"
-    target_field: str = "target"
 
 
 class Calibration(TextPairs):
@@ -69,7 +38,7 @@ class Calibration(TextPairs):
         activation_memory_gb: activations each worker keeps in memory before it spills to the job folder.
     """
 
-    text: TextField
+    text: Text
     num_sequences: int = Field(128, ge=1)
     sequence_length: int = Field(2048, ge=2)
     batch_size: int = Field(8, ge=1)
@@ -93,11 +62,11 @@ class Evaluation(TextPairs):
         batch_size: windows, or choices of a task, a micro-batch.
     """
 
-    text: TextField | None = None
+    text: Text | None = None
     sequence_length: int = Field(2048, ge=2)
     max_windows: int | None = Field(None, ge=1)
     generate: int = Field(0, ge=0)
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[TaskSource, ...] = ()
     max_examples: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
@@ -140,20 +109,21 @@ class Cluster(Part):
     device: str = "auto"
 
 
-class Recipe(Part):
-    """A job: which checkpoint, how small, where to."""
+class JobRecipe(Part):
+    """What any job has: a folder that a checkpoint appears at, and a workspace."""
+
+    file_name: ClassVar[str]
+    """What the resolved recipe is called in the workspace."""
 
     model: ModelName
     output: Folder
     job_dir: Folder | None = None
-    calibration: Calibration
-    method: Method
     evaluation: Evaluation | None = None
     cluster: Cluster = Cluster()
 
     @property
     def output_path(self) -> Path:
-        """Folder the compressed checkpoint appears at."""
+        """Folder the job's checkpoint appears at."""
         return Path(self.output).absolute()
 
     @property
@@ -168,15 +138,64 @@ class Recipe(Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `--set a.b=value` overrides.
+class Training(JobRecipe):
+    """A job that trains a checkpoint, compressed or not.
+
+    Attributes:
+        model: the checkpoint.
+        teacher: what it learns from; None where it learns from the text alone.
+    """
+
+    file_name = "training.yaml"
+
+    teacher: ModelName | None = None
+    distillation: Distillation
+
+    @model_validator(mode="after")
+    def _has_teacher(self) -> Training:
+        if (self.teacher is None) != (self.distillation.teacher == "none"):
+            raise ValueError("teacher: give the checkpoint to learn from, or set distillation.teacher: none")
+        return self
+
+
+class Recipe(JobRecipe):
+    """A job that compresses: which checkpoint, how small, where to; and how the outcome recovers, if it is to."""
+
+    file_name = "recipe.yaml"
+
+    calibration: Calibration
+    method: Method
+    distillation: Distillation | None = None
+
+    def training(self) -> Training:
+        """The job that trains what this one compresses.
+
+        Raises:
+            RecipeError: nothing is said about it.
+        """
+        settings = self.distillation
+        if settings is None:
+            raise RecipeError("distillation: missing; this key says what to train on, such as {text: train.txt}")
+        return Training(
+            model=self.output,
+            teacher=None if settings.teacher == "none" else self.model,
+            output=settings.output or f"{self.output}-distilled",
+            job_dir=str(self.job_path),
+            distillation=settings,
+            evaluation=self.evaluation,
+            cluster=self.cluster,
+        )
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a recipe as plain data and applies `--set a.b=value` overrides.
 
     Args:
         path: a YAML file. Relative paths inside it are relative to the current directory.
         overrides: `dotted.key=value`, the value read as YAML.
 
     Raises:
-        RecipeError: anything in it cannot be run.
+        RecipeError: it cannot be read.
     """
     try:
         data = yaml.safe_load(Path(path).read_text())
@@ -188,7 +207,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: holds {type(data).__name__}, not a mapping of keys; see jobs/recipes/")
     for override in overrides:
         _override(data, override)
-    return parse_recipe(data)
+    return data
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe that compresses.
+
+    Args:
+        path, overrides: as of `read_recipe`.
+
+    Raises:
+        RecipeError: anything in it cannot be run.
+    """
+    return parse_recipe(read_recipe(path, overrides))
+
+
+def load_training(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe | None, Training]:
+    """Reads a recipe that trains: what makes its student first, if that is part of the recipe, and the training.
+
+    Args:
+        path, overrides: as of `read_recipe`.
+
+    Raises:
+        RecipeError: anything in it cannot be run.
+    """
+    data = read_recipe(path, overrides)
+    if data.get("method") is None:
+        return None, parse_part(Training, {key: value for key, value in data.items() if value is not None})
+    recipe = parse_recipe(data)
+    return recipe, recipe.training()
 
 
 def parse_recipe(data: dict[str, Any]) -> Recipe:
@@ -258,8 +305,8 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: missing; this key is required"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
-    if first["type"] == "value_error" and message.startswith(("ratio:", "levels:", "text:", "generate:", "tasks:")):
-        return f"{where}.{message}".lstrip(".")
+    if first["type"] == "value_error" and message.startswith(("ratio:", "levels:")):
+        return f"{where}.{message}"
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 
 

@@ -50,3 +50,20 @@ def test_compressed_with(name: str, compressed: Compress, tmp_path: Path) -> Non
     skipped = model(input_ids=ids).logits
     assert torch.equal(skipped, logits) == ("dynamic" not in name)
     assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (ids.shape[0], ids.shape[1] + 3)
+
+
+def test_an_option_without_effect_remakes_no_spectra(compressed: Compress) -> None:
+    def spectra(**options: Any) -> set[Path]:
+        folder = compressed("mixtral", ratio=0.4, base="mean", damping=0.003, **options)  # a damping of no other test
+        return set(folder.with_name("mixtral.job").glob("spectra-*"))
+
+    before = spectra(share=1)
+    assert spectra(share=1, cluster_by="routing", base_dynamic=0.25, base_metric="norm") == before
+    for without, option in (
+        ({"base_sparsity": 0.5}, {"base_metric": "norm"}),
+        ({"base_sparsity": 0.5}, {"base_dynamic": 0.25}),
+        ({"num_bases": 2}, {"cluster_by": "routing"}),
+        ({"share": 3}, {"cluster_by": "routing"}),
+    ):
+        before = spectra(**without)
+        assert spectra(**without, **option) > before

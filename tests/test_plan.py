@@ -235,6 +235,8 @@ METHODS = [
     {"name": "msmoe", "ratio": 0.3},
     {"name": "msmoe", "ratio": 0.5, "counts": "uniform", "router": "slice"},
     {"name": "mcsmoe", "ratio": 0.5},
+    {"name": "mcsmoe", "ratio": 0.8, "start": 0.5},
+    {"name": "mcsmoe", "ratio": 0.8, "start": "residual"},
     {"name": "prune", "ratio": 0.5},
 ]
 
@@ -273,8 +275,8 @@ def test_every_method_is_planned_from_config_and_index(
 ) -> None:
     plan = make_plan(recipe_for(mixtral_layout, method=method))
     experts = next(part for part in plan.parts if part.name == "routed experts")
-    if "ratio" in method:
-        assert experts.parameters_after == pytest.approx((1 - method["ratio"]) * experts.parameters, rel=0.003)
+    if isinstance(removed := method.get("start", method.get("ratio")), float):
+        assert experts.parameters_after == pytest.approx((1 - removed) * experts.parameters, rel=0.003)
     console = Console(record=True, width=160)
     plan.show(console)
     assert f"{experts.parameters_after:,}" in console.export_text()

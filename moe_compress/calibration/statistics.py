@@ -38,6 +38,7 @@ from ..checkpoint.writer import write_shard
 from ..errors import CalibrationError
 from ..linalg.packed import packed_size, strips, unpack
 from ..model.discovery import MoELayer
+from ..model.expert_bank import GROUPS, Group, matrix_shape
 from ..model.grouped import TILE_ROWS
 from ..model.observer import RoutedTokens
 
@@ -61,22 +62,17 @@ SAMPLE_TOKENS = 1024
 """About as many tokens of a calibration text are sampled."""
 
 
-def up_side(layer: MoELayer) -> Side:
-    """The smaller side of the first projection."""
-    rows, columns = layer.up_shape
-    return "input" if columns <= rows else "output"
-
-
-def down_side(layer: MoELayer) -> Side:
-    """The smaller side of the down projection."""
-    rows, columns = layer.down_shape
+def smaller_side(layer: MoELayer, group: Group) -> Side:
+    """The side of a group's matrix that its Gram is taken on."""
+    rows, columns = matrix_shape(layer, group)
     return "input" if columns <= rows else "output"
 
 
 def gram_shapes(layer: MoELayer, full: bool) -> dict[str, tuple[int, int]]:
     """Shapes of the sums that are Grams, packed, or diagonals: what calibration holds for a layer besides vectors."""
     names: list[str] = []
-    for name, side in (("up", up_side(layer)), ("down", down_side(layer))):
+    for name in GROUPS:
+        side = smaller_side(layer, name)
         names += [f"{name}_{side}_gram", f"{name}_{side}_loss_gram"]
         if full and side == "output":
             names += [f"{name}_input_gram", f"{name}_input_loss_gram"]
@@ -90,10 +86,21 @@ def is_gram(name: str) -> bool:
     return name.endswith("_gram") and name != "router_gram"
 
 
+def group_of(name: str) -> Group:
+    """The group that a sum is of."""
+    return "up" if name.startswith("up") else "down"
+
+
 def gram_width(layer: MoELayer, name: str) -> int:
     """N of a Gram, or of the diagonal of one."""
-    rows, columns = layer.up_shape if name.startswith("up") else layer.down_shape
+    rows, columns = matrix_shape(layer, group_of(name))
     return columns if "_input_" in name else rows
+
+
+def is_of_channels(name: str) -> bool:
+    """Whether a group's Gram or vector is over hidden channels: outputs of up, inputs of down."""
+    is_of_output = "_output_" in name or "_grad_" in name
+    return is_of_output == (group_of(name) == "up")
 
 
 class LayerStatistics:

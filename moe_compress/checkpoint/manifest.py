@@ -60,6 +60,7 @@ class Manifest(_Record):
     parameters: parameter counts, such as {"original": ..., "compressed": ...}.
     files: every other file of the checkpoint, by name.
     levels: the levels that it can be loaded at, by name, if it has several.
+    training: how it was trained after it was compressed, if it was.
     """
 
     format_version: Literal[1] = 1
@@ -70,6 +71,7 @@ class Manifest(_Record):
     parameters: dict[str, int]
     files: dict[str, FileRecord]
     levels: dict[str, LevelRecord] = {}
+    training: dict[str, Any] | None = None
 
     def measured(self, perplexity: dict[str, float]) -> Manifest:
         """With the measured perplexity of each level."""
@@ -82,7 +84,8 @@ class Manifest(_Record):
 
     def text(self) -> str:
         """JSON, sorted keys: the same manifest, the same text."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+        data = self.model_dump(mode="json", exclude={"training"} if self.training is None else None)
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
     def save(self, folder: Path) -> None:
         """Writes the manifest into a checkpoint folder: the same bytes every time."""

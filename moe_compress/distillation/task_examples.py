@@ -9,7 +9,7 @@ from ..calibration.sources import shuffled
 from ..calibration.text import IGNORED, padded
 from ..evaluation.tasks.encoding import encode
 from ..evaluation.tasks.reading import read_task
-from ..text_options import Task
+from ..recipe_fields import TaskSource
 from .examples import Examples
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def task_examples(
-    task: Task,
+    task: TaskSource,
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     num_examples: int,

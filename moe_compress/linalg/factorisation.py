@@ -70,6 +70,11 @@ class InputRoot:
         """Root of A + relative_damping * mean(diag A) * I; raises CompressionError on a NaN."""
         return cls(*sqrt_and_inverse_sqrt(gram_ENN, relative_damping))
 
+    @classmethod
+    def of_diagonal(cls, root_EN: Tensor) -> InputRoot:
+        """Root of a diagonal A whose entries have these positive square roots."""
+        return cls(root_EN.diag_embed(), root_EN.reciprocal().diag_embed())
+
 
 def shared_right(problem_NN: Tensor, root: InputRoot) -> Tensor:
     """(N, N) rows v that several matrices share as right factor, strongest first; any prefix is the best of its rank.

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import LayerStatistics
 from ..linalg.symmetric import damp
 from .metric import ErrorMetric
 
@@ -25,29 +24,22 @@ from .metric import ErrorMetric
 _LEAST_DAMPING = 1e-6
 
 
-def weighted_bases(
-    kind: str,
-    metric: ErrorMetric,
-    statistics: LayerStatistics,
-    weight: Callable[[slice], Tensor],
-    base_of: Sequence[int],
-) -> Tensor:
+def weighted_bases(kind: str, metric: ErrorMetric, weight: Callable[[slice], Tensor], base_of: Sequence[int]) -> Tensor:
     """(B, M, N) fp32 means of the experts of each cluster, all weighing alike in one that the text never reached.
 
     Args:
         kind: `mean`, `frequency`, `fisher`, `fisher_frequency` or `fisher_columns`.
         metric: of the group.
-        statistics: what the layer saw.
         weight: the experts' weights.
         base_of: the cluster of each expert.
     """
-    frequency, fisher = statistics["num_tokens"].double(), statistics[f"{metric.group}_fisher"]
+    frequency, fisher = metric.statistics["num_tokens"].double(), metric.statistics[f"{metric.group}_fisher"]
     share_EX = {
         "mean": torch.ones_like(frequency),
         "frequency": frequency,
         "fisher": fisher,
         "fisher_frequency": fisher * frequency,
-        "fisher_columns": metric.columns(f"{metric.group}_fisher_columns").double().cpu(),
+        "fisher_columns": metric.vectors(f"{metric.group}_fisher_columns").double().cpu(),
     }[kind]
     share_EX = share_EX.view(len(base_of), -1)
     member_BE = _members(base_of).double()
@@ -74,8 +66,19 @@ def solve_bases(gram_BNN: Tensor, moment_BMN: Tensor, relative_damping: float) -
         moment_BMN: sum_e R_e A_e, R_e what is to be explained.
         relative_damping: of `gram_BNN`.
     """
-    damped_BNN = damp(gram_BNN, max(relative_damping, _LEAST_DAMPING))
-    return torch.linalg.solve(damped_BNN, moment_BMN, left=False)
+    return torch.linalg.solve(_damped(gram_BNN, relative_damping), moment_BMN, left=False)
+
+
+def prune_bases(bases_BMN: Tensor, metric: ErrorMetric) -> tuple[Tensor, Tensor]:
+    """The bases with the columns that are stored, by the covariance of what goes through all of them together.
+
+    Returns:
+        As `prune_columns`.
+    """
+    options = metric.options
+    gram_NN = _sum_by_base(metric, (0,) * metric.layer.num_experts, metric.gram)[0]
+    num_kept = options.num_base_columns(metric.num_columns)
+    return prune_columns(bases_BMN, _damped(gram_NN, options.damping), options.base_metric, num_kept)
 
 
 def prune_columns(bases_BMN: Tensor, gram_NN: Tensor, kind: str, num_kept: int) -> tuple[Tensor, Tensor]:
@@ -102,6 +105,11 @@ def prune_columns(bases_BMN: Tensor, gram_NN: Tensor, kind: str, num_kept: int) 
         between_NC = gram_NN[:, columns_C]
         kept_BMC = torch.linalg.solve(between_NC[columns_C], bases_BMN @ between_NC, left=False)
     return columns_C, torch.zeros_like(bases_BMN).index_copy_(2, columns_C, kept_BMC)
+
+
+def _damped(gram_BNN: Tensor, relative: float) -> Tensor:
+    """Enough to be inverted."""
+    return damp(gram_BNN, max(relative, _LEAST_DAMPING))
 
 
 def _members(base_of: Sequence[int]) -> Tensor:

@@ -25,20 +25,17 @@ import torch
 from torch import Tensor
 
 from ..calibration.statistics import LayerStatistics
-from ..linalg.factorisation import InputRoot, project_right, right_gram, shared_right
-from ..linalg.symmetric import damp
+from ..linalg.factorisation import project_right, right_gram, shared_right
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
 from ..model.expert_bank import Group, channel_index
 from ..model.slots import INDEX_SUFFIX, FactorisedSlot
 from ..model.stored_experts import StoredExperts
-from .bases import closed_form_bases, prune_columns, solve_bases, weighted_bases
+from .bases import closed_form_bases, prune_bases, solve_bases, weighted_bases
 from .forms import PLAIN, Form
 from .merge import align_expert
 from .metric import BlockMetric, ErrorMetric
 from .slots import slots
-
-_LEAST_DAMPING = 1e-6
 
 _LEAST_GAIN = 1e-3
 """Relative, by which a round of alternation must lower the error for another to follow."""
@@ -66,7 +63,7 @@ class _Weights:
 class GroupProblem:
     """The weighted factorisation of one group of projections of one layer, expert by expert.
 
-    Only one expert (on a GPU: all of them at once) exists in fp32 at a time.
+    Only one expert (on a GPU: a block of them) exists in fp32 at a time.
 
     Args:
         layer: the layer.
@@ -106,7 +103,7 @@ class GroupProblem:
         self.metric = ErrorMetric(layer, group, statistics, options, order_EC, self._weight, needs_input, self.device)
         self.bases_BMN, self.columns_C = self._bases(), None
         if self.bases_BMN is not None and options.base_sparsity:
-            self.columns_C, self.bases_BMN = self._pruned(self.bases_BMN)
+            self.columns_C, self.bases_BMN = prune_bases(self.bases_BMN, self.metric)
 
     def energies(self) -> dict[str, Tensor]:
         """(I, K) error that each direction removes, of each item by slot, fp32 on the CPU.
@@ -148,7 +145,7 @@ class GroupProblem:
         for expert, slot_index, u_MR, v_RN in self._pairs(layouts):
             layout = layouts[slot_index]
             out[f"{layout.name}_u"][layout.factor_rows(expert)] = u_MR.mT.to(dtype)
-            if self.form.share_of is None or self.form.share_of[expert] == expert:
+            if layout.leads[expert] == expert:
                 out[f"{layout.name}_v"][layout.right_rows(expert)] = v_RN.to(dtype)
         return out
 
@@ -189,7 +186,7 @@ class GroupProblem:
             yield from self._block_pairs(block, layouts)
 
     def _block_pairs(self, block: slice, layouts: list[FactorisedSlot]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        wanted = [[max(rank, 0) for rank in layout.ranks[block]] for layout in layouts]
+        wanted = [layout.left.lengths[block] for layout in layouts]
         if not any(map(any, wanted)):
             return  # whole matrices and empty factors need no decomposition
         delta, metric = self._delta(block), self._block_metric(block)
@@ -206,7 +203,7 @@ class GroupProblem:
         gram = self.metric.gram(blocks[0]).clone()
         for block in blocks[1:]:
             gram += self.metric.gram(block)
-        root = InputRoot.from_gram(gram, self.options.damping)
+        root = self.metric.root(gram)
         problem = torch.zeros_like(gram[0])
         for metric in map(self._block_metric, blocks):
             weighted = metric.weighted(self._delta(metric.block)[:, rows], rows)
@@ -244,15 +241,7 @@ class GroupProblem:
             return None
         if self.options.base == "closed_form":
             return closed_form_bases(self.metric, self._weight, self.form.base_of)
-        return weighted_bases(self.options.base, self.metric, self.statistics, self._weight, self.form.base_of)
-
-    def _pruned(self, bases_BMN: Tensor) -> tuple[Tensor, Tensor]:
-        gram_NN = torch.zeros(self.metric.num_columns, self.metric.num_columns, device=self.device)
-        for block in self.metric.blocks():
-            gram_NN += self.metric.gram(block).sum(0)
-        gram_NN = damp(gram_NN, max(self.options.damping, _LEAST_DAMPING))
-        num_kept = self.options.num_base_columns(len(gram_NN))
-        return prune_columns(bases_BMN, gram_NN, self.options.base_metric, num_kept)
+        return weighted_bases(self.options.base, self.metric, self._weight, self.form.base_of)
 
     def _alternate(self, layouts: list[FactorisedSlot]) -> None:
         """Fits the bases to what the deltas leave, and so in turn, until the weighted error falls no more.
@@ -282,7 +271,7 @@ class GroupProblem:
             delta, metric = self._delta(block), self._block_metric(block)
             for slot, layout, moment_BMN, gram_BNN in zip(self.slots, layouts, moments, grams, strict=True):
                 residual = delta[:, slot.rows].clone()
-                pairs = metric.factorise(residual, slot.rows, [max(rank, 0) for rank in layout.ranks[block]])
+                pairs = metric.factorise(residual, slot.rows, layout.left.lengths[block])
                 for place, (u_MR, v_RN) in enumerate(pairs):
                     expert = block.start + place
                     if expert in layout.dense_index:

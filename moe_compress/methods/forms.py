@@ -119,14 +119,13 @@ def candidates(
             share_of = clusters(num_shared)
         return Form(base_of, share_of)
 
-    has_base = options.base != "none"
-    fixed_bases = options.num_bases if has_base and options.num_bases != "budget" else 0
+    fixed_bases = options.num_bases if options.has_fixed_bases else 0
     fixed_share = 0 if options.share in ("none", "budget") else options.share
     forms = [form(int(fixed_bases), int(fixed_share))]
     gram = input_gram(group, options)
     if gram is None or gram in statistics:  # without it only experts themselves can be weighed
         counts = cluster_counts(num_experts)
-        if has_base and options.num_bases == "budget":
+        if options.num_bases == "budget":
             forms += [form(count, int(fixed_share)) for count in counts]
         if options.share == "budget":
             forms += [form(int(fixed_bases), count) for count in counts]

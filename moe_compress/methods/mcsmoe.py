@@ -11,8 +11,9 @@ squared and taken a parameter, so that a column stands where it removes most for
 the calibration sweep, sequence by sequence (`*_fisher_columns`); no gradient of the size of the weights exists.
 
 Source: arXiv 2310.01334 section 3.2, which scores entries by |s dL/ds| while it trains and prunes columns by their
-mean; there the decomposition is a plain SVD and every matrix has the same rank. Here ranks come from one budget over
-all matrices in units of the loss, and columns from another (`sparse_share` of the parameters).
+mean (as distillation/sparsity.py does, from a student that `start` leaves more columns); there the decomposition is a
+plain SVD and every matrix has the same rank. Here ranks come from one budget over all matrices in units of the loss,
+and columns from another (`sparse_share` of the parameters).
 Cost: one factorisation a matrix; scores cost one pass over the residual.
 """
 

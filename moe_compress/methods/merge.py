@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..calibration.statistics import LayerStatistics, gram_shapes, is_gram
+from ..calibration.statistics import LayerStatistics, gram_shapes, group_of, is_gram, is_of_channels
 from ..linalg.alignment import ExpertWeights, match_channels
 from ..linalg.alignment import align as align_weights
 from ..linalg.packed import pack
@@ -131,11 +131,10 @@ def merge_statistics(
         tensors[name] = (member_GE @ statistics[name].double()).to(statistics[name].dtype)
     for name in filter(statistics.__contains__, (*shapes, "up_fisher_columns", "down_fisher_columns")):
         total = torch.zeros(len(leaders), *statistics[name].shape[1:])
-        group: Group = "up" if name.startswith("up") else "down"
         for expert, place in enumerate(grouping.expert_map):
             own = statistics[name][expert]
-            if expert in orders and _is_of_channels(name):
-                index = channel_index(layer, group, orders[expert])
+            if expert in orders and is_of_channels(name):
+                index = channel_index(layer, group_of(name), orders[expert])
                 if is_gram(name):
                     own = pack(statistics.gram(name, slice(expert, expert + 1))[0, index[:, None], index])
                 else:
@@ -143,12 +142,6 @@ def merge_statistics(
             total[place] += own
         tensors[name] = total
     return merged_layer, LayerStatistics.of(merged_layer, tensors, statistics.full)
-
-
-def _is_of_channels(name: str) -> bool:
-    """Whether a sum is over hidden channels: outputs of up, inputs of down."""
-    is_of_output = "_output_" in name or "_grad_" in name
-    return is_of_output == name.startswith("up")
 
 
 def expert_weights(layer: MoELayer, expert: int, tensors: dict[str, Tensor]) -> ExpertWeights:

@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import LayerStatistics, down_side, up_side
+from ..calibration.statistics import LayerStatistics, is_of_channels, smaller_side
 from ..errors import CompressionError
 from ..linalg.factorisation import (
     Factors,
@@ -33,7 +33,7 @@ from ..linalg.factorisation import (
 from ..linalg.symmetric import damp, shrink_rare, symmetric_product
 from ..method_options import D2MoE
 from ..model.discovery import MoELayer
-from ..model.expert_bank import Group
+from ..model.expert_bank import Group, matrix_shape
 
 # Shape suffixes: E experts, M and N rows and columns of a matrix, K the smaller, n experts of a block.
 
@@ -56,9 +56,8 @@ def sums_used(layer: MoELayer, group: Group, options: D2MoE) -> list[str]:
     """Names of the statistics that a group's problem may read: the rest need not be loaded."""
     names = ["num_tokens", "router_gram", f"{group}_fisher", f"{group}_fisher_columns"]
     if gram := _GRAMS.get(options.weighting):
-        side = up_side(layer) if group == "up" else down_side(layer)
         has_others = options.base != "none" or options.share != "none"
-        names += [f"{group}_{side}_{gram}"] + [f"{group}_input_{gram}"] * has_others
+        names += [f"{group}_{smaller_side(layer, group)}_{gram}"] + [f"{group}_input_{gram}"] * has_others
     if options.weighting == "two_sided":
         names += [f"{group}_grad_gram", f"{group}_grad_diagonal"]
     return names
@@ -93,10 +92,10 @@ class ErrorMetric:
     ) -> None:
         self.layer, self.group, self.statistics, self.options = layer, group, statistics, options
         self.device, self._order_EC, self._weight = device, order_EC, weight
-        self.num_columns = layer.up_shape[1] if group == "up" else layer.down_shape[1]
+        self._means: dict[str, Tensor] = {}
+        self.num_columns = matrix_shape(layer, group)[1]
         self.is_two_sided = options.weighting == "two_sided"
-        side = up_side(layer) if group == "up" else down_side(layer)
-        self.of_output = side == "output" and not has_bases and options.weighting != "none"
+        self.of_output = smaller_side(layer, group) == "output" and not has_bases and options.weighting != "none"
         gram = _GRAMS.get(options.weighting)
         self._gram_name = gram and f"{group}_{'output' if self.of_output else 'input'}_{gram}"
         if self._gram_name is not None and self._gram_name not in statistics:
@@ -115,32 +114,27 @@ class ErrorMetric:
         """(n, K, K) fp32 covariances of the inputs, or of the outputs, those of rare experts shrunk."""
         if self._gram_name is None:
             return torch.eye(self.num_columns, device=self.device).expand(block.stop - block.start, -1, -1)
-        gram, num_tokens = self._seen(self._gram_name, block), self.num_tokens[block]
-        if not bool((num_tokens < self.options.min_tokens).any()):
-            return gram
-        if not self.of_output:
-            return shrink_rare(gram, num_tokens, self.options.min_tokens, self._mean_gram)
-        weight = self._weight(block)
-        prior = self._white_energy * symmetric_product(weight.mT, weight.mT)
-        return shrink_rare(gram, num_tokens, self.options.min_tokens, prior)
+        return self._shrunk(self._seen(self._gram_name, block), block, lambda: self._expected(block))
+
+    def root(self, gram_nKK: Tensor) -> InputRoot:
+        """Of what `gram` gives, or of sums of it, damped."""
+        if self._gram_name is None:  # a multiple of the identity
+            return InputRoot.of_diagonal(damp(gram_nKK, self.options.damping).diagonal(dim1=1, dim2=2).sqrt())
+        return InputRoot.from_gram(gram_nKK, self.options.damping)
 
     def gradient_weight(self, block: slice) -> Tensor:
         """(n, M, M) fp32 covariances of the gradients at the outputs, or (n, M) their diagonals, likewise."""
         name = f"{self.group}_grad_gram"
         if name in self.statistics:
-            gram = self._seen(name, block)
-            if not bool((self.num_tokens[block] < self.options.min_tokens).any()):
-                return gram
-            return shrink_rare(gram, self.num_tokens[block], self.options.min_tokens, self._mean_gradient)
-        diagonal = self._diagonals[block]
-        mean = self._diagonals.sum(0) / self.num_tokens.sum().clamp_min(1)
-        return shrink_rare(diagonal[:, None], self.num_tokens[block], self.options.min_tokens, mean[None])[:, 0]
+            return self._shrunk(self._seen(name, block), block, lambda: self._mean(name))
+        diagonal_EM = self._diagonals
+        mean_M = diagonal_EM.sum(0) / self.num_tokens.sum().clamp_min(1)
+        return self._shrunk(diagonal_EM[block, None], block, lambda: mean_M)[:, 0]
 
-    def columns(self, name: str) -> Tensor:
-        """(E, N) a sum by input column of the group, channels in aligned order."""
+    def vectors(self, name: str) -> Tensor:
+        """(E, N) a sum by columns or rows of the group's matrices, channels in aligned order."""
         sums = self.statistics[name].to(self.device)
-        is_of_channels = self._order_EC is not None and self.group == "down"
-        return sums.gather(1, self._order_EC) if is_of_channels else sums  # type: ignore[arg-type]
+        return sums if self._order_EC is None or not is_of_channels(name) else sums.gather(1, self._order_EC)
 
     @cached_property
     def num_tokens(self) -> Tensor:
@@ -152,31 +146,37 @@ class ErrorMetric:
     def _seen(self, name: str, block: slice) -> Tensor:
         """(n, K, K) covariances as they were summed, channels in aligned order."""
         gram = self.statistics.gram(name, block).to(self.device)
-        if self._order_EC is not None and (self.group == "up") == ("_input_" not in name):
+        if self._order_EC is not None and is_of_channels(name):
             order = self._order_EC[block]
             gram = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
         return gram
 
     @cached_property
     def _diagonals(self) -> Tensor:
-        diagonal = self.statistics[f"{self.group}_grad_diagonal"].to(self.device)
-        is_of_channels = self._order_EC is not None and self.group == "up"
-        return diagonal.gather(1, self._order_EC) if is_of_channels else diagonal  # type: ignore[arg-type]
+        """(E, M) of the covariances of the gradients, where they are not there whole."""
+        return self.vectors(f"{self.group}_grad_diagonal")
+
+    def _shrunk(self, sums: Tensor, block: slice, prior: Callable[[], Tensor]) -> Tensor:
+        """The sums of a block, those of rare experts shrunk towards what is expected of a token."""
+        num_tokens = self.num_tokens[block]
+        is_rare = num_tokens < self.options.min_tokens
+        return shrink_rare(sums, num_tokens, self.options.min_tokens, prior()) if bool(is_rare.any()) else sums
+
+    def _expected(self, block: slice) -> Tensor:
+        """(K, K), or (n, K, K) where experts have their own: what `gram` expects of a token."""
+        assert self._gram_name is not None
+        if not self.of_output:
+            return self._mean(self._gram_name)
+        weight = self._weight(block)
+        return self._white_energy * symmetric_product(weight.mT, weight.mT)
 
     def _mean(self, name: str) -> Tensor:
         """(K, K) covariance of one token of the layer; the identity where there was none."""
-        total = torch.stack([self._seen(name, block).sum(0) for block in self.blocks()]).sum(0)
-        num_tokens = int(self.num_tokens.sum())
-        return total / num_tokens if num_tokens else torch.eye(len(total), device=self.device)
-
-    @cached_property
-    def _mean_gram(self) -> Tensor:
-        assert self._gram_name is not None
-        return self._mean(self._gram_name)
-
-    @cached_property
-    def _mean_gradient(self) -> Tensor:
-        return self._mean(f"{self.group}_grad_gram")
+        if name not in self._means:
+            total = torch.stack([self._seen(name, block).sum(0) for block in self.blocks()]).sum(0)
+            num_tokens = int(self.num_tokens.sum())
+            self._means[name] = total / num_tokens if num_tokens else torch.eye(len(total), device=self.device)
+        return self._means[name]
 
     @cached_property
     def _white_energy(self) -> float:
@@ -211,7 +211,7 @@ class BlockMetric:
     @cached_property
     def root(self) -> InputRoot:
         """Of the damped covariances of the inputs."""
-        return InputRoot.from_gram(self.gram, self.metric.options.damping)
+        return self.metric.root(self.gram)
 
     def energies(self, delta_nMN: Tensor, rows: slice) -> Tensor:
         """(n, K) squared singular values of the weighted problem of some rows of the group's matrices, descending."""
@@ -259,8 +259,7 @@ class BlockMetric:
 
     def _output_root(self, rows: slice) -> InputRoot:
         if self._gradient.dim() == 2:
-            root = self._diagonal_root(rows)
-            return InputRoot(root.diag_embed(), root.reciprocal().diag_embed())
+            return InputRoot.of_diagonal(self._diagonal_root(rows))
         if rows.start not in self._output_roots:
             gram = self._gradient[:, rows, rows]
             self._output_roots[rows.start] = InputRoot.from_gram(gram, self.metric.options.damping)

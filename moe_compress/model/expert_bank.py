@@ -19,6 +19,11 @@ Group = Literal["up", "down"]
 GROUPS: tuple[Group, ...] = ("up", "down")
 
 
+def matrix_shape(layer: MoELayer, group: Group) -> tuple[int, int]:
+    """(rows, columns) of one expert's matrix of the group, canonical."""
+    return layer.up_shape if group == "up" else layer.down_shape
+
+
 def stock_name(layer: MoELayer, group: Group) -> str:
     """Name of the group's parameter in the stock experts module."""
     return layer.up_name if group == "up" else "down_proj"

@@ -50,6 +50,8 @@ class FactorisedExperts(nn.Module):
         slots: the factorised projections, down last.
         route: forces one of the routes of routes.py; None chooses at every call.
         skip_base_columns: whether slots with `skip` skip.
+        column_filters: slot name -> what is used in place of its packed sparse columns, as a function of them; empty
+            but in training that prunes them.
     """
 
     # taken over from the stock module
@@ -93,6 +95,7 @@ class FactorisedExperts(nn.Module):
                     self.register_parameter(name, nn.Parameter(tensor))
         self.route: RouteName | None = None
         self.skip_base_columns = True
+        self.column_filters: dict[str, Callable[[Tensor], Tensor]] = {}
         self._norms = ColumnNorms()
         based = next((slot for slot in self.slots if slot.num_bases), self.slots[0])
         self._order = sorted(range(count), key=lambda expert: based.bases[expert])
@@ -217,7 +220,7 @@ class FactorisedExperts(nn.Module):
         if slot.sparse.width:
             columns = getattr(self, f"{slot.name}{INDEX_SUFFIX}")
             chosen = part.product([Term("select", x_SN, columns, slot.sparse)], part.width(slot.sparse))
-            terms.append(Term("expand", chosen, getattr(self, f"{slot.name}_s"), slot.sparse))
+            terms.append(Term("expand", chosen, self._sparse_columns(slot), slot.sparse))
         if terms or based:
             return part.product(terms + based, slot.num_rows, out)
         return x_SN.new_zeros(len(x_SN), slot.num_rows) if out is None else out.zero_()
@@ -233,6 +236,11 @@ class FactorisedExperts(nn.Module):
 
     def _skips(self, slot: FactorisedSlot) -> bool:
         return self.skip_base_columns and slot.num_kept_columns < slot.num_base_columns
+
+    def _sparse_columns(self, slot: FactorisedSlot) -> Tensor:
+        """(R, M) the packed sparse columns."""
+        s_RM: Tensor = getattr(self, f"{slot.name}_s")
+        return self.column_filters[slot.name](s_RM) if slot.name in self.column_filters else s_RM
 
     def _bases(self, slot: FactorisedSlot) -> Bases:
         name = f"{slot.name}_base"
@@ -250,9 +258,13 @@ class FactorisedExperts(nn.Module):
 
     def dense_weights(self) -> dict[str, Tensor]:
         """Every slot's experts as whole matrices, (E, M, N) in the slot's order of rows; no column is skipped."""
-        return {
-            slot.name: slot.dense_weights({name: getattr(self, name) for name in slot.shapes()}) for slot in self.slots
-        }
+        weights = {}
+        for slot in self.slots:
+            tensors = {name: getattr(self, name) for name in slot.shapes()}
+            if slot.sparse.width:
+                tensors[f"{slot.name}_s"] = self._sparse_columns(slot)
+            weights[slot.name] = slot.dense_weights(tensors)
+        return weights
 
 
 def skip_base_columns(model: nn.Module, is_on: bool) -> None:

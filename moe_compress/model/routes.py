@@ -13,6 +13,7 @@ Shapes: T tokens, K choices of each, P = T K routed pairs, E experts, S rows; se
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -97,7 +98,7 @@ def make_route(name: RouteName, index_TK: Tensor, order: Sequence[int], hidden_T
     return Looped(*_sorted(index_TK, order, is_tiled(hidden_TD)))
 
 
-class Route:
+class Route(ABC):
     """Rows between tokens and experts; the products of its subclasses.
 
     Attributes:
@@ -141,9 +142,23 @@ class Route:
         """Whether to multiply every token with all `num_rows` of a table at once rather than rows with their spans."""
         return num_rows * len(spans.lengths) <= self.top_k * sum(spans.lengths)
 
+    @abstractmethod
     def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
         """(S, width) the sum of `terms`, of which there is at least one; in `out`, if that is given and can be."""
-        raise NotImplementedError
+
+
+class TermByTerm(Route):
+    """A route whose product makes each term anew and adds it."""
+
+    def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
+        total = self._term(terms[0], width)
+        for term in terms[1:]:
+            total = total + self._term(term, width)
+        return total
+
+    @abstractmethod
+    def _term(self, term: Term, width: int) -> Tensor:
+        """(S, width) one term."""
 
 
 def _sorted(index_TK: Tensor, order: Sequence[int], is_windowed: bool) -> tuple[Tensor, SortedRows, Tensor, Tensor]:
@@ -240,17 +255,11 @@ class Part(Looped):
         return F.pad(self.index_TK.flatten()[self.pair_P], (0, len(self.token_S) - len(self.pair_P)))
 
 
-class Grouped(Looped):
+class Grouped(TermByTerm, Looped):
     """`grouped`."""
 
     def width(self, spans: Spans) -> int:
         return _bucket(spans.width)
-
-    def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
-        total = self._term(terms[0], width)
-        for term in terms[1:]:
-            total = total + self._term(term, width)
-        return total
 
     def _term(self, term: Term, width: int) -> Tensor:
         runs = self.rows.runs(term.spans)
@@ -308,7 +317,7 @@ def _bucket_product(term: Term, runs: list[Run], length: int) -> dict[int, Tenso
     return dict(zip((run.start for run in runs), out.split(counts), strict=True))
 
 
-class Gathered(Route):
+class Gathered(TermByTerm):
     """`gathered`."""
 
     def __init__(self, index_TK: Tensor) -> None:
@@ -316,20 +325,11 @@ class Gathered(Route):
         row_TK = torch.arange(num_tokens * top_k, device=index_TK.device).view(num_tokens, top_k)
         super().__init__(index_TK, row_TK.flatten() // top_k, row_TK)
 
-    def spread(self, hidden_TD: Tensor) -> Tensor:
-        return hidden_TD.index_select(0, self.token_S)
-
     def mix(self, out_SD: Tensor, weights_TK: Tensor) -> Tensor:
         return (out_SD.unflatten(0, self.row_TK.shape) * weights_TK[:, :, None]).sum(1).to(out_SD.dtype)
 
     def expert_of_rows(self) -> Tensor:
         return self.index_TK.flatten()
-
-    def product(self, terms: Sequence[Term], width: int, out: Tensor | None = None) -> Tensor:
-        total = self._term(terms[0], width)
-        for term in terms[1:]:
-            total = total + self._term(term, width)
-        return total
 
     def _term(self, term: Term, width: int) -> Tensor:
         source, table = term.source, term.table

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .discovery import MoELayer
-from .expert_bank import Group, stock_name, to_canonical
+from .expert_bank import Group, matrix_shape, stock_name, to_canonical
 from .skeleton import Skeleton
 
 BLOCK_BYTES = 16 * 2**20
@@ -25,7 +25,7 @@ class StoredExperts:
 
     def __init__(self, skeleton: Skeleton, layer: MoELayer, group: Group) -> None:
         self._skeleton, self._layer, self._group = skeleton, layer, group
-        self.shape = torch.Size([layer.num_experts, *(layer.up_shape if group == "up" else layer.down_shape)])
+        self.shape = torch.Size([layer.num_experts, *matrix_shape(layer, group)])
         self._name = f"{layer.path}.{stock_name(layer, group)}"
         self.dtype = skeleton.model.get_parameter(self._name).dtype
         expert_bytes = self.shape[1] * self.shape[2] * self.dtype.itemsize

@@ -59,7 +59,17 @@ def outcome(model: PreTrainedModel, layers: list[MoELayer], options: Method) -> 
     for_ranks = (1 - options.ratio) * (1 - options.sparse_share) * total
     ratio = min(max(1 - for_ranks / sum(layer.num_parameters for layer in stored), 1e-9), 1 - 1e-9)
     factorised = D2MoE(name="d2moe", ratio=ratio)
-    return Outcome(stored, factorised, floor((1 - options.ratio) * total), f"{note}; {NOTES['allocated']}")
+    kept = floor((1 - options.ratio) * total)
+    if options.start is not None:
+        columns = sum(
+            layer.num_experts * slot.num_columns * (slot.num_rows + 1)
+            for layer in stored
+            for group in GROUPS
+            for slot in slots(layer, group, factorised)
+        )
+        whole = floor(for_ranks) + columns
+        kept = whole if options.start == "residual" else min(whole, floor((1 - options.start) * total))
+    return Outcome(stored, factorised, kept, f"{note}; {NOTES['allocated']}")
 
 
 def _stored(model: PreTrainedModel, layers: list[MoELayer], options: Fewer) -> list[MoELayer]:

@@ -18,7 +18,7 @@ from ..errors import RecipeError
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton
 from ..model.slots import DENSE
-from ..stages.summary import SUMMARY_NAME
+from ..stages.summary import SUMMARY_NAME, TRAINING_NAME
 
 
 def bytes_for_people(count: float) -> str:
@@ -90,6 +90,31 @@ def _task_table(tasks: dict[str, dict[str, Any]]) -> Table:
 def _interval(estimate: dict[str, float]) -> Text:
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
     return Text(f"{value:.1f} [{low:.1f}, {high:.1f}]")
+
+
+def show_training(job_dir: Path, console: Console) -> None:
+    """Prints the table of a finished training."""
+    summary = json.loads((job_dir / TRAINING_NAME).read_text())
+    table = Table(title=Text(f"{summary['student']} -> {summary['output']}"))
+    for column in ("", "teacher", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    scores = summary["scores"]
+    if scores:
+        before, after = scores["before"], scores["after"]
+        original = before["original_perplexity"]
+        known = "" if original is None else f"{original:.3f}"
+        table.add_row("perplexity", known, f"{before['perplexity']:.3f}", f"{after['perplexity']:.3f}")
+        if original is not None:
+            kl = [f"{one['kl']:.4f} ± {one['kl_error']:.4f}" for one in (before, after)]
+            table.add_row("KL, nats a token", "", *kl)
+            table.add_row("top-1 agreement", "", f"{before['agreement']:.2%}", f"{after['agreement']:.2%}")
+    losses = {entry["step"]: entry["validation_loss"] for entry in summary["validation"]}
+    best = summary["best_step"]
+    table.add_row(f"held-out loss, best at step {best}", "", f"{losses[0]:.4f}", f"{losses[best]:.4f}")
+    console.print(table)
+    if summary["returned"] is not None:
+        console.print(f"{summary['returned']:.1%} of the lost perplexity came back", highlight=False)
+    console.print(_stage_table(summary["stages"]))
 
 
 def _level_table(levels: dict[str, dict[str, Any]], scores: dict[str, dict[str, float]]) -> Table:

@@ -14,6 +14,7 @@ from ..errors import CalibrationError, RecipeError
 from ..executor import Executor, Ref, WorkerLost
 from ..job import Job
 from ..progress import Reporter
+from ..recipe import Recipe
 from .prepare import Prepared, sampled_seed, sums_full_grams
 from .routing import report_routing
 from .scheme import Pending, Scheme
@@ -90,7 +91,7 @@ def _sweep(
     """One forward and backward of the whole calibration text; the paths of the MoE layers it reached."""
     executor.start_workers(setup)
     ((_, (num_chunks, chained)),) = executor.results([executor.call(0, "describe")])
-    if job.recipe.method.sequential and not chained:
+    if isinstance(job.recipe, Recipe) and job.recipe.method.sequential and not chained:
         raise RecipeError(
             "method.sequential: true cannot be: the layers of this model hand on more than hidden states, so those of"
             " two checkpoints cannot be mixed; leave sequential out"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ from ..job import Job, digest_of
 from ..model.levels import level_names
 from ..progress import Reporter
 from ..recipe import Evaluation
-from ..text_options import Task
 from .prepare import Prepared
-from .tasks import TaskScores, beside, score_file, score_tasks
+from .tasks import TaskScores, beside, scored_tasks
 from .units import write_table
 
 
@@ -45,16 +43,10 @@ def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporte
 
 def _on_tasks(job: Job, prepared: Prepared, settings: Evaluation, executor: Executor, reporter: Reporter) -> TaskScores:
     """Scores of both checkpoints on each task, the compressed one at its largest level."""
-    output, original = prepared.recipe.output_path, prepared.reader.folder
-    how = (settings, prepared.recipe.cluster.device, executor, reporter)
-    made = Manifest.load(output).unmeasured().text()
-
-    def kept_in(checkpoint: Path, identity: str) -> Callable[[Task], Path]:
-        return lambda task: score_file(job, task, settings, checkpoint, identity)
-
-    scores = score_tasks(output, *how, kept_in=kept_in(output, made))
-    given = score_tasks(original, *how, whose=" of the original", kept_in=kept_in(original, prepared.source_digest))
-    return beside(scores, given)
+    output, how = prepared.recipe.output_path, (settings, executor, reporter)
+    scores = scored_tasks(job, output, Manifest.load(output).unmeasured().text(), *how)
+    original = scored_tasks(job, prepared.reader.folder, prepared.source_digest, *how, whose=" of the original")
+    return beside(scores, original)
 
 
 def _on_text(
@@ -65,20 +57,36 @@ def _on_text(
     manifest = Manifest.load(output)
     names = level_names(CheckpointReader(output).config)
     levels: list[str | None] = [*names] if names else [None]
-    scores: dict[str | None, Scores] = {}
-    for level in levels:
-        what = (tokens.stem, settings.dtype, settings.generate, level)
-        target = job.folder / f"evaluation-{digest_of(manifest.unmeasured().text(), *what)}.parquet"
-        if not target.exists():
-            how = (tokens, settings.batch_size, settings.dtype, prepared.recipe.cluster.device, executor, reporter)
-            table = run_evaluation(output, prepared.reader.folder, *how, settings.generate, level)
-            write_table(target, table)
-        scores[level] = merge_scores(pq.read_table(target))
+    made, original = manifest.unmeasured().text(), prepared.reader.folder
+    scores = {
+        level: scored(job, output, made, original, settings, tokens, executor, reporter, level) for level in levels
+    }
     found = scores[levels[0]].to_dict()
     if names:
         found["levels"] = {name: scores[name].to_dict() for name in names}
         manifest.measured({name: scores[name].perplexity for name in names}).save(output)
     return found
+
+
+def scored(
+    job: Job,
+    checkpoint: Path,
+    identity: str,
+    against: Path | None,
+    settings: Evaluation,
+    tokens: Path,
+    executor: Executor,
+    reporter: Reporter,
+    level: str | None = None,
+) -> Scores:
+    """Scores of a checkpoint whose content `identity` stands for; its windows are kept in the job folder."""
+    what = (tokens.stem, settings.dtype, settings.generate, level)
+    target = job.folder / f"evaluation-{digest_of(identity, *what)}.parquet"
+    if not target.exists():
+        how = (tokens, settings.batch_size, settings.dtype, job.recipe.cluster.device, executor, reporter)
+        table = run_evaluation(checkpoint, against, *how, settings.generate, level)
+        write_table(target, table)
+    return merge_scores(pq.read_table(target))
 
 
 def run_evaluation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,12 +33,6 @@ from .prepare import Prepared
 from .scheme import Decision, Pending, Work, wait_for
 from .units import Workplace, decompose_group, factorise_group, read_spectra, spectra_path, write_table
 
-_SEEN_IN_SPECTRA = {
-    *("base", "num_bases", "share", "cluster_by", "weighting", "gate_up", "align", "damping", "min_tokens"),
-    *("base_sparsity", "base_dynamic", "base_metric"),
-}
-"""Options that the energies depend on; all others only spend them."""
-
 
 @dataclass(frozen=True, slots=True)
 class SlotItem:
@@ -60,7 +55,7 @@ class Factorise:
 
     def __init__(self, job: Job, prepared: Prepared, options: D2MoE) -> None:
         self.job, self.prepared, self.options = job, prepared, options
-        how = options.model_dump(include=_SEEN_IN_SPECTRA)
+        how = options.model_dump(include=_seen_in_spectra(options))
         self.place = Workplace(
             checkpoint=prepared.reader.folder,
             statistics=prepared.statistics,
@@ -85,16 +80,14 @@ class Factorise:
         forms: dict[tuple[str, Group], Form] = {}
         items: list[SlotItem] = []
         keys = [(layer, group) for layer in layers for group in GROUPS]
-        parts = [read_items(self.place.spectra, layer, group, slots(layer, group, options)) for layer, group in keys]
+        slots_of_keys = [slots(layer, group, options) for layer, group in keys]
+        parts = [read_items(self.place.spectra, *key, of) for key, of in zip(keys, slots_of_keys, strict=True)]
         offers = [
             [
-                Offer(
-                    [each.item for each in own],
-                    sum(form.num_parameters(slot, options) for slot in slots(*key, options)),
-                )
+                Offer([each.item for each in own], sum(form.num_parameters(slot, options) for slot in of))
                 for form, own in part.items()
             ]
-            for key, part in zip(keys, parts, strict=True)
+            for of, part in zip(slots_of_keys, parts, strict=True)
         ]
         smallest = options.at_levels[-1]
         chosen = choose(offers, 0 if options.ranks == "full" else budget_parameters(layers, smallest))
@@ -105,7 +98,7 @@ class Factorise:
         write_table(self.job.folder / "allocation.parquet", allocation_table(items, by_level[0]))
         names = [str(ratio) for ratio in (options.ratio, *options.levels)]
         ranks = dict(zip(names, by_level, strict=True))
-        specs = {layer.path: self._spec(layer, forms, items, ranks) for layer in layers}
+        specs = self._specs(forms, items, ranks)
         whole = {path: spec_at(spec, names[0]) for path, spec in specs.items()}
         return Decision(
             layers=specs,
@@ -144,28 +137,24 @@ class Factorise:
         frequency, fisher = (as_array(sums[name]) / max(float(sums[name].sum()), 1e-300) for name in names)
         return frequency**self.options.alpha * fisher**self.options.beta
 
-    def _spec(
-        self,
-        layer: MoELayer,
-        forms: dict[tuple[str, Group], Form],
-        items: list[SlotItem],
-        by_level: dict[str, list[int]],
-    ) -> dict[str, Any]:
-        spec: dict[str, Any] = {}
+    def _specs(
+        self, forms: dict[tuple[str, Group], Form], items: list[SlotItem], by_level: dict[str, list[int]]
+    ) -> dict[str, dict[str, Any]]:
+        """Specifications (model/slots.py) by layer and slot; `by_level` gives each item's rank, the largest first."""
+        specs: dict[str, dict[str, Any]] = defaultdict(dict)
+        whole, *levels = by_level
         for index, entry in enumerate(items):
-            if entry.layer is not layer:
-                continue
-            form = forms[layer.path, entry.group]
-            empty = {"ranks": [0] * layer.num_experts, **form.spec(entry.slot, self.options)}
-            slot = spec.setdefault(entry.slot.name, empty)
-            whole, *levels = by_level
-            for name in levels:
-                slot.setdefault("levels", {}).setdefault(name, [0] * layer.num_experts)
+            spec, name, num_experts = specs[entry.layer.path], entry.slot.name, entry.layer.num_experts
+            if name not in spec:
+                form = forms[entry.layer.path, entry.group]
+                spec[name] = {"ranks": [0] * num_experts, **form.spec(entry.slot, self.options)}
+                if levels:
+                    spec[name]["levels"] = {level: [0] * num_experts for level in levels}
             for expert in entry.experts:
-                slot["ranks"][expert] = by_level[whole][index]
-                for name in levels:
-                    slot["levels"][name][expert] = by_level[name][index]
-        return spec
+                spec[name]["ranks"][expert] = by_level[whole][index]
+                for level in levels:
+                    spec[name]["levels"][level][expert] = by_level[level][index]
+        return dict(specs)
 
     def _shard(self, layer: MoELayer, group: Group, form: Form, spec: dict[str, Any]) -> Work:
         own = {slot.name: spec[slot.name] for slot in slots(layer, group, self.options)}
@@ -175,6 +164,16 @@ class Factorise:
         more = [n for slot in own for name in factor_names(slot) for n in piece_names(name, len(ranks[slot]))[1:]]
         names = self.prepared.skeleton.disk_names(layer, parameter_names(layer, whole) + more + mapped)
         return Work(factorise_group, (self.place, layer.path, group, form, ranks, names))
+
+
+def _seen_in_spectra(options: D2MoE) -> set[str]:
+    """Options that the energies depend on; all others only spend them."""
+    seen = {"base", "num_bases", "share", "weighting", "gate_up", "align", "damping", "min_tokens", "base_sparsity"}
+    if options.base_sparsity:
+        seen |= {"base_dynamic", "base_metric"}
+    if options.num_bases != 1 or options.share not in ("none", 1):
+        seen.add("cluster_by")
+    return seen
 
 
 def read_items(spectra: Path, layer: MoELayer, group: Group, of: list[Slot]) -> dict[Form, list[SlotItem]]:

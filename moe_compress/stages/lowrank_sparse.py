@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ..budget import allocate, parameters
+from ..budget import DENSE, allocate, parameters
 from ..calibration.statistics import LayerStatistics
 from ..calibration.worker import pick_device, statistics_path
 from ..checkpoint.writer import ShardInfo, describe_shard, write_shard
@@ -190,10 +190,11 @@ class LowRankSparse(MergeExperts):
                 place.spectra, _with_experts(layer, groupings), group, slots(layer, group, place.factorisation)
             )[PLAIN]
         ]
-        budget = floor((1 - options.ratio) * sum(layer.num_parameters for layer in layers))
+        total = sum(layer.num_parameters for layer in layers)
+        budget = floor((1 - options.ratio) * total)
         ranks = allocate([entry.item for entry in items], floor((1 - options.sparse_share) * budget))
         write_table(self.job.folder / "allocation.parquet", allocation_table(items, ranks))
-        columns = self._columns(place, groupings, items, ranks, budget, executor, reporter)
+        columns = self._columns(place, groupings, items, ranks, total, executor, reporter)
         return self._decide(place, groupings, items, ranks, columns)
 
     def _place(self, groupings: dict[str, Grouping]) -> SparsePlace:
@@ -210,11 +211,11 @@ class LowRankSparse(MergeExperts):
         groupings: dict[str, Grouping],
         items: list[SlotItem],
         ranks: list[int],
-        budget: int,
+        total: int,
         executor: Executor,
         reporter: Reporter,
     ) -> list[list[int]]:
-        """The sparse columns of every item."""
+        """The sparse columns of every item; `total` parameters are those of the original."""
         by_group: dict[tuple[str, Group], dict[str, list[int]]] = {}
         for entry, rank in zip(items, ranks, strict=True):
             by_group.setdefault((entry.layer.path, entry.group), {}).setdefault(entry.slot.name, []).append(rank)
@@ -223,6 +224,9 @@ class LowRankSparse(MergeExperts):
             for (path, group), own in by_group.items()
         ]
         run_all("factorise", works, executor, reporter)
+        if self.options.start == "residual":
+            return [list(range(e.item.num_columns * (rank != DENSE))) for e, rank in zip(items, ranks, strict=True)]
+        budget = floor((1 - (self.options.start or self.options.ratio)) * total)
         scores = []
         for path, group in by_group:
             with safe_open(place.factors / f"{path}.{group}.safetensors", "pt") as stored:  # the factors stay there

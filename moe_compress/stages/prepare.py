@@ -19,7 +19,7 @@ from ..methods.limits import check_ratio
 from ..model.discovery import MoELayer
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton
-from ..recipe import Cluster, Recipe
+from ..recipe import Cluster, JobRecipe, Recipe
 from .tasks import check_tasks
 from .tokens import calibration_tokens, check_texts, check_vocabulary, evaluation_tokens, load_tokenizer
 
@@ -123,7 +123,7 @@ def _check_sequential(skeleton: Skeleton, options: D2MoE) -> None:
         )
 
 
-def check_output(recipe: Recipe) -> None:
+def check_output(recipe: JobRecipe) -> None:
     """The output must be a folder that can appear with one rename: free, or a compressed checkpoint.
 
     Raises:
@@ -181,6 +181,7 @@ def prepare(job: Job, reader: CheckpointReader, skeleton: Skeleton, layers: list
         CheckpointError: a weight is not finite, the tokenizer does not belong to the model.
     """
     recipe = job.recipe
+    assert isinstance(recipe, Recipe)
     folder = job.folder / "tokens"
     folder.mkdir(exist_ok=True)
     tokens = calibration_tokens(recipe.calibration, reader.folder, folder)

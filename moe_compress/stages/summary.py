@@ -12,6 +12,7 @@ from ..progress import Reporter
 from .prepare import Prepared
 
 SUMMARY_NAME = "summary.json"
+TRAINING_NAME = "training.json"
 
 
 def summarise(job: Job, prepared: Prepared, scores: dict[str, Any] | None, reporter: Reporter) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 from ..checkpoint.writer import atomic_write
 from ..evaluation.tasks.asking import Units
-from ..evaluation.tasks.reading import check_task, task_source
+from ..evaluation.tasks.reading import check_task, rows_of
 from ..evaluation.tasks.scoring import score_task
 from ..executor import Executor
 from ..job import Job, digest_of
 from ..progress import Reporter
 from ..recipe import Evaluation
-from ..text_options import Task
+from ..recipe_fields import TaskSource
 from .tokens import naming, text_identity, tokenizer_digest
 
 TaskScores = dict[str, dict[str, Any]]
@@ -41,7 +41,7 @@ def score_tasks(
     reporter: Reporter,
     level: str | None = None,
     whose: str = "",
-    kept_in: Callable[[Task], Path] | None = None,
+    kept_in: Callable[[TaskSource], Path] | None = None,
 ) -> TaskScores:
     """Scores of a checkpoint on every task.
 
@@ -78,20 +78,25 @@ def beside(scores: TaskScores, original: TaskScores) -> TaskScores:
     return {name: score | {"original_metrics": original[name]["metrics"]} for name, score in scores.items()}
 
 
-def score_file(job: Job, task: Task, settings: Evaluation, checkpoint: Path, identity: str) -> Path:
-    """Where a job keeps a score: named by all that it was made from.
-
-    Args:
-        job: the job.
-        task: the task.
-        settings: how it is scored.
-        checkpoint: of it, the tokenizer.
-        identity: of the checkpoint's tensors.
-    """
-    rows = text_identity(task_source(task, "test"))
+def scored_tasks(
+    job: Job,
+    checkpoint: Path,
+    identity: str,
+    settings: Evaluation,
+    executor: Executor,
+    reporter: Reporter,
+    whose: str = "",
+) -> TaskScores:
+    """Scores of a checkpoint whose content `identity` stands for; they are kept in the job folder."""
     how = (settings.max_examples, settings.sequence_length, settings.batch_size, settings.dtype)
-    made_from = digest_of("task", identity, tokenizer_digest(checkpoint), task.name, rows, how)
-    return job.folder / f"task-{made_from}.json"
+
+    def kept_in(task: TaskSource) -> Path:
+        rows = text_identity(rows_of(task, "test"))
+        made_from = digest_of("task", identity, tokenizer_digest(checkpoint), task.name, rows, how)
+        return job.folder / f"task-{made_from}.json"
+
+    device = job.recipe.cluster.device
+    return score_tasks(checkpoint, settings, device, executor, reporter, whose=whose, kept_in=kept_in)
 
 
 def _spread(executor: Executor, reporter: Reporter, name: str) -> Units:

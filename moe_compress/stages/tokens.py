@@ -21,11 +21,13 @@ from ..calibration.text import (
     read_texts,
 )
 from ..checkpoint.reader import CheckpointReader
+from ..distillation.examples import Examples
+from ..distillation_options import Distillation
 from ..errors import CheckpointError, RecipeError
 from ..job import digest_of
 from ..model.architecture import load_config
-from ..recipe import Calibration, Evaluation, Recipe, TextPairs
-from ..text_options import DatasetText, Text
+from ..recipe import Calibration, Evaluation, Recipe
+from ..recipe_fields import DatasetText, Text, TextPairs
 
 
 def check_texts(recipe: Recipe, of_pairs: bool) -> None:
@@ -72,7 +74,7 @@ def calibration_tokens(settings: Calibration, checkpoint: Path, folder: Path) ->
     """
     shape = (settings.num_sequences, settings.sequence_length, settings.seed)
     if reads_pairs(checkpoint):
-        return _cached_pairs("calibration", settings.text, settings, shape, checkpoint, folder, calibration_pairs)
+        return _cached_pairs("calibration", settings, settings.text, shape, checkpoint, folder, calibration_pairs)
 
     def make() -> TokenBatch:
         return calibration_sequences(_documents(settings.text, read_documents), load_tokenizer(checkpoint), *shape)
@@ -90,12 +92,38 @@ def evaluation_tokens(settings: Evaluation, checkpoint: Path, folder: Path) -> P
     if text is None:
         return None
     if reads_pairs(checkpoint):
-        return _cached_pairs("evaluation", text, settings, shape, checkpoint, folder, evaluation_pairs)
+        return _cached_pairs("evaluation", settings, text, shape, checkpoint, folder, evaluation_pairs)
 
     def make() -> TokenBatch:
         return evaluation_windows(_documents(text, read_texts), load_tokenizer(checkpoint), *shape)
 
     return _cached("evaluation", text, shape, checkpoint, folder, make)
+
+
+def training_tokens(settings: Distillation, checkpoint: Path, folder: Path) -> Path:
+    """File of the sequences to train on, those held out first, named by what it was made from.
+
+    Raises:
+        RecipeError: the text cannot be read, or fills no sequence.
+    """
+    text = settings.text
+    assert text is not None
+    count = settings.num_sequences + settings.validation_sequences
+    shape = (count, settings.sequence_length, settings.seed)
+    packed: Path
+    if reads_pairs(checkpoint):
+        packed = _cached_pairs("distillation", settings, text, shape, checkpoint, folder, calibration_pairs)
+    else:
+
+        def make() -> TokenBatch:
+            documents = _documents(text, read_documents)
+            return calibration_sequences(documents, load_tokenizer(checkpoint), *shape)
+
+        packed = _cached("distillation", text, shape, checkpoint, folder, make)
+    target = folder / f"{packed.stem}-examples.safetensors"
+    if not target.exists():
+        Examples.of_text(TokenBatch.load(packed)).save(target)
+    return target
 
 
 def check_vocabulary(checkpoint: Path, num_ids: int, *files: Path) -> None:
@@ -130,8 +158,8 @@ def _pairs(text: Text, settings: TextPairs) -> Iterator[tuple[str, str]]:
 
 def _cached_pairs(
     part: str,
-    text: Text,
     settings: TextPairs,
+    text: Text,
     shape: tuple[Any, ...],
     checkpoint: Path,
     folder: Path,

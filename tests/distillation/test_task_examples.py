@@ -13,7 +13,7 @@ from moe_compress.distillation.task_examples import task_examples
 from moe_compress.errors import RecipeError
 from moe_compress.evaluation.tasks.encoding import encode
 from moe_compress.evaluation.tasks.reading import read_task
-from moe_compress.text_options import Task
+from moe_compress.recipe_fields import TaskSource
 from tests.switch_models import letter_tokenizer
 from tests.task_files import word_tokenizer, write_rows
 
@@ -21,12 +21,12 @@ WORDS = word_tokenizer(64)
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Task:
+def task(tmp_path: Path) -> TaskSource:
     rows = [
         {"query": f"w{n + 3} w{n + 4} w{n + 5}", "choices": ["w40", "w41 w42", f"w{n + 43}"], "gold": n % 3}
         for n in range(6)
     ]
-    return Task(name="mine", train=[str(write_rows(tmp_path / "train.jsonl", rows))])
+    return TaskSource(name="mine", train=[str(write_rows(tmp_path / "train.jsonl", rows))])
 
 
 def texts(found: Examples) -> list[tuple[str, str]]:
@@ -37,7 +37,7 @@ def texts(found: Examples) -> list[tuple[str, str]]:
     ]
 
 
-def test_a_decoder_learns_answer_and_end(task: Task) -> None:
+def test_a_decoder_learns_answer_and_end(task: TaskSource) -> None:
     found, num_cut = task_examples(task, WORDS, 32, 99, 0, is_encoder_decoder=False)
     assert num_cut == 0
     by_query = dict(sorted(texts(found)))
@@ -56,7 +56,7 @@ def test_a_decoder_learns_answer_and_end(task: Task) -> None:
 
 def test_an_encoder_decoder_model_learns_the_answer_as_framed(tmp_path: Path) -> None:
     rows = [{"query": "0 a b c", "answers_text": ["d e", "f"]}, {"query": "1 a", "answers_text": ["g"]}]
-    task = Task(name="squad", train=[str(write_rows(tmp_path / "train.jsonl", rows))])
+    task = TaskSource(name="squad", train=[str(write_rows(tmp_path / "train.jsonl", rows))])
     tokenizer = letter_tokenizer()
     found, num_cut = task_examples(task, tokenizer, 4, 2, 0, is_encoder_decoder=True)
     read = {
@@ -67,8 +67,8 @@ def test_an_encoder_decoder_model_learns_the_answer_as_framed(tmp_path: Path) ->
     assert num_cut == 1
 
 
-def test_training_and_scoring_read_the_same(task: Task) -> None:
-    same = Task(name="mine", test=task.train)
+def test_training_and_scoring_read_the_same(task: TaskSource) -> None:
+    same = TaskSource(name="mine", test=task.train)
     examples = list(read_task(same, "test", False).examples)
     scored = encode([(each.prompts[each.gold], each.targets[each.gold]) for each in examples], WORDS, 5, False)
     found, num_cut = task_examples(task, WORDS, 5, 6, 0, is_encoder_decoder=False)
@@ -77,7 +77,7 @@ def test_training_and_scoring_read_the_same(task: Task) -> None:
     assert read == {tuple(one.source + one.target) for one in scored}
 
 
-def test_a_seed_chooses_and_orders(task: Task) -> None:
+def test_a_seed_chooses_and_orders(task: TaskSource) -> None:
     def chosen(seed: int, count: int) -> list[tuple[str, str]]:
         return texts(task_examples(task, WORDS, 32, count, seed, is_encoder_decoder=False)[0])
 
@@ -85,6 +85,6 @@ def test_a_seed_chooses_and_orders(task: Task) -> None:
     assert len({tuple(chosen(seed, 3)) for seed in range(5)}) > 1
 
 
-def test_an_answer_that_fills_a_sequence_is_refused(task: Task) -> None:
+def test_an_answer_that_fills_a_sequence_is_refused(task: TaskSource) -> None:
     with pytest.raises(RecipeError, match="sequence_length: 3 tokens"):
         task_examples(task, WORDS, 3, 6, 0, is_encoder_decoder=False)

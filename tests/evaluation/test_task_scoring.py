@@ -20,14 +20,14 @@ from moe_compress.evaluation.tasks.encoding import encode
 from moe_compress.evaluation.tasks.examples import Example, Prompt
 from moe_compress.evaluation.tasks.reading import read_task
 from moe_compress.evaluation.tasks.scoring import TaskScore, score_task
-from moe_compress.text_options import Task
+from moe_compress.recipe_fields import TaskSource
 from tests.switch_models import letter_tokenizer, random_switch, save_switch
 from tests.task_files import word_tokenizer, write_rows
 from tests.tiny_models import build_tiny
 
 VOCAB = 128
 
-Case = tuple[Path, Task]
+Case = tuple[Path, TaskSource]
 """A checkpoint, and a task in words that it knows."""
 
 
@@ -63,14 +63,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         save_switch(random_switch(initializer_factor=1.0, expert_capacity=2), folder / "model")
         rows = switch_rows()
-    return folder / "model", Task(name="mine", test=[str(write_rows(folder / "rows.jsonl", rows))])
+    return folder / "model", TaskSource(name="mine", test=[str(write_rows(folder / "rows.jsonl", rows))])
 
 
 def asked_of(checkpoint: Path, batch_size: int = 4, units: Callable[..., list[Any]] = here) -> Asked:
     return Asked(checkpoint, 64, batch_size, "float32", "cpu", None, units)
 
 
-def examples_of(task: Task) -> list[Example]:
+def examples_of(task: TaskSource) -> list[Example]:
     return list(read_task(task, "test", text_to_text=True).examples)
 
 
@@ -132,7 +132,7 @@ def test_choices_score_as_their_likelihoods_say(case: Case, tmp_path: Path) -> N
         {"query": each.prompts[0].text, "choices": each.targets, "gold": right}
         for each, right in zip(examples, gold, strict=True)
     ]
-    mine = Task(name="mine", test=[str(write_rows(tmp_path / "rows.jsonl", rows))])
+    mine = TaskSource(name="mine", test=[str(write_rows(tmp_path / "rows.jsonl", rows))])
     score = score_task(checkpoint, mine, batch_size=3, device="cpu")
     assert (score.task, score.num_examples, score.num_cut) == ("mine", 7, 0)
     assert [*score.metrics] == ["accuracy", "accuracy_by_bytes"]
@@ -158,7 +158,7 @@ def test_numbers_do_not_depend_on_who_shares_the_work(case: Case) -> None:
 def test_the_first_examples_and_a_label_of_every_row(case: Case, tmp_path: Path) -> None:
     checkpoint, _ = case
     rows = [{"query": "a b w5", "choices": ["b", "c d"], "gold": n % 2} for n in range(4)]
-    task = Task(name="labels", test=[str(write_rows(tmp_path / "rows.jsonl", rows))])
+    task = TaskSource(name="labels", test=[str(write_rows(tmp_path / "rows.jsonl", rows))])
     score = score_task(checkpoint, task, max_examples=3, device="cpu")
     assert score.num_examples == 3
     assert [*score.metrics] == ["accuracy"]  # one of two labels is longer in every row
@@ -266,7 +266,7 @@ def test_generated_answers_are_scored(tmp_path: Path) -> None:
     rows[1]["answers_text"] = ["y " * (length - 2) + "z"]  # 2 + end of sequence: nothing is generated beyond 4
 
     def score(some: list[dict[str, Any]], **how: Any) -> TaskScore:
-        task = Task(name="squad", test=[str(write_rows(tmp_path / "rows.jsonl", some))])
+        task = TaskSource(name="squad", test=[str(write_rows(tmp_path / "rows.jsonl", some))])
         return score_task(folder, task, batch_size=3, device="cpu", **how)
 
     found = score(rows)
@@ -280,6 +280,6 @@ def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path: Path) -> None:
     build_tiny("mixtral").save_pretrained(tmp_path / "model")
     word_tokenizer(VOCAB + 9).save_pretrained(tmp_path / "model")
     row = {"query": f"w{VOCAB + 3}", "choices": ["w4", "w5"], "gold": 0}
-    task = Task(name="mine", test=[str(write_rows(tmp_path / "rows.jsonl", [row]))])
+    task = TaskSource(name="mine", test=[str(write_rows(tmp_path / "rows.jsonl", [row]))])
     with pytest.raises(CheckpointError, match=f"gives id {VOCAB + 3}"):
         score_task(tmp_path / "model", task, device="cpu")

@@ -13,9 +13,9 @@ import pytest
 
 from moe_compress.errors import RecipeError
 from moe_compress.evaluation.tasks.examples import Example
-from moe_compress.evaluation.tasks.reading import check_task, read_task, task_source
+from moe_compress.evaluation.tasks.reading import check_task, read_task, rows_of
 from moe_compress.evaluation.tasks.templates import TASKS
-from moe_compress.text_options import DatasetText, Task
+from moe_compress.recipe_fields import DatasetText, TaskSource
 from tests.task_files import ROWS, write_rows
 
 SENTENCE = "Ann beat the tired Bob because"
@@ -43,12 +43,12 @@ T5: dict[str, tuple[str, tuple[str, ...], int]] = {
     "wikiqa": ("wikiqa question: who ran answer: Ann ran .", ("False", "True"), 1),
     "hotpotqa": ("question: Who ran? context: Ann: Ann ran. Bob: Bob sat.", ("Ann",), 0),
 }
-"""Task -> what an encoder-decoder model reads, the answers, and which is right."""
+"""TaskSource -> what an encoder-decoder model reads, the answers, and which is right."""
 
 
 def one(tmp_path: Path, name: str, row: dict[str, Any], text_to_text: bool) -> Example:
     file = write_rows(tmp_path / "rows.jsonl", [row])
-    (found,) = read_task(Task(name=name, test=[str(file)]), "test", text_to_text).examples
+    (found,) = read_task(TaskSource(name=name, test=[str(file)]), "test", text_to_text).examples
     return found
 
 
@@ -129,21 +129,21 @@ def test_files_of_every_kind_in_order(tmp_path: Path, suffix: str) -> None:
     else:
         text = write_rows(tmp_path / "rows", rows).read_bytes()
         file.write_bytes(gzip.compress(text) if suffix == "jsonl.gz" else text)
-    task = Task(name="sst2", train=[str(file)], test=[str(file), str(file)])
+    task = TaskSource(name="sst2", train=[str(file)], test=[str(file), str(file)])
     assert [each.gold for each in read_task(task, "train", False).examples] == [1, 0, 0]
     assert [each.gold for each in read_task(task, "test", False).examples] == [1, 0, 0] * 2
 
 
 def test_a_name_of_the_table_is_its_published_splits() -> None:
-    assert task_source(Task(name="wikiqa"), "test") == DatasetText(dataset="microsoft/wiki_qa", split="test")
-    assert task_source(Task(name="copa"), "train") == DatasetText(dataset="aps/super_glue", config="copa")
+    assert rows_of(TaskSource(name="wikiqa"), "test") == DatasetText(dataset="microsoft/wiki_qa", split="test")
+    assert rows_of(TaskSource(name="copa"), "train") == DatasetText(dataset="aps/super_glue", config="copa")
     assert {name for name in TASKS if TASKS[name].test != "validation"} == {"wikiqa"}
 
 
 def test_a_dataset_is_its_rows(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     write_rows(tmp_path / "train.jsonl", [ROWS["squad"]])
-    task = Task.model_validate({"name": "squad", "test": {"dataset": str(tmp_path)}})
+    task = TaskSource.model_validate({"name": "squad", "test": {"dataset": str(tmp_path)}})
     (found,) = read_task(task, "test", True).examples
     assert found == one(tmp_path, "squad", ROWS["squad"], True)
 
@@ -172,14 +172,14 @@ def test_what_is_no_task_is_refused(case: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(RecipeError) as refused:
-        check_task(Task(name=name, test=[str(file)]), "test")
+        check_task(TaskSource(name=name, test=[str(file)]), "test")
     assert expected in str(refused.value)
     assert ";" in str(refused.value)
 
 
 def test_every_row_is_looked_at_and_names_are_known(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [GOOD, GOOD, {"query": "who?"}])
-    task = Task(name="mine", test=[str(file)])
+    task = TaskSource(name="mine", test=[str(file)])
     check_task(task, "test")
     with pytest.raises(RecipeError, match=r"rows\.jsonl:3: the field 'choices' holds nothing"):
         list(read_task(task, "test", False).examples)

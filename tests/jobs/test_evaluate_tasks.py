@@ -12,7 +12,7 @@ import yaml
 
 from jobs import cli
 from moe_compress.evaluation.tasks.scoring import score_task
-from moe_compress.text_options import Task
+from moe_compress.recipe_fields import TaskSource
 from tests.conftest import Checkpoint, Compress
 from tests.task_files import ROWS, write_rows
 
@@ -43,7 +43,7 @@ def test_tasks_alone_beside_text_and_beside_the_original(
     run("evaluate", small, *mine, "--max-examples", 5, "--json", tmp_path / "scores.json")
     alone = json.loads((tmp_path / "scores.json").read_text())
     assert alone.keys() == {"tasks"}
-    task = Task(name="mine", test=[str(data / "mine.jsonl")])
+    task = TaskSource(name="mine", test=[str(data / "mine.jsonl")])
     assert alone["tasks"]["mine"] == score_task(small, task, 5, device="cpu").to_dict()
     assert alone["tasks"]["winogrande"]["num_examples"] == 3
 
@@ -78,7 +78,7 @@ def test_a_job_scores_both_once_and_reports(
     folder = tmp_path / "small.job"
     found = json.loads((folder / "evaluation.json").read_text())
     assert found.keys() == {"tasks"}
-    task = Task(name="mine", test=[str(data / "mine.jsonl")])
+    task = TaskSource(name="mine", test=[str(data / "mine.jsonl")])
     how = {"max_examples": 6, "device": "cpu"}
     assert found["tasks"]["mine"]["metrics"] == score_task(tmp_path / "small", task, **how).to_dict()["metrics"]
     assert found["tasks"]["mine"]["original_metrics"] == score_task(tiny("mixtral"), task, **how).to_dict()["metrics"]

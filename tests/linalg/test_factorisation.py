@@ -161,6 +161,14 @@ def test_spectrum_of_a_singular_problem_is_not_negative() -> None:
     assert (energy_K.diff() <= 0).all()
 
 
+def test_root_of_a_diagonal_is_that_of_the_whole_matrix() -> None:
+    values_EN = torch.tensor([[4.0, 0.25, 1e-6], [2.0, 2.0, 2.0]])
+    root, whole = InputRoot.of_diagonal(values_EN.sqrt()), InputRoot.from_gram(values_EN.diag_embed(), 0)
+    for s_ENN, inverse_ENN in ((root.root_ENN, root.inverse_root_ENN), (whole.root_ENN, whole.inverse_root_ENN)):
+        torch.testing.assert_close(s_ENN @ s_ENN.mT, values_EN.diag_embed())
+        torch.testing.assert_close(inverse_ENN @ s_ENN, torch.eye(3).expand(2, -1, -1))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_prefix_of_the_factors_is_the_best_lower_rank(form: str) -> None:
     d_EMN, gram_ENN = problem(1, 20, 16, num_tokens=60, seed=11)

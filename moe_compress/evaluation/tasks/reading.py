@@ -9,7 +9,7 @@ from typing import Literal
 
 from ...calibration.sources import dataset_rows, file_rows
 from ...errors import RecipeError
-from ...text_options import DatasetText, Task
+from ...recipe_fields import DatasetText, TaskSource
 from .examples import Example
 from .templates import LOCAL, TASKS, Layout, Row
 
@@ -29,17 +29,17 @@ class TaskRows:
     examples: Iterator[Example]
 
 
-def check_task(task: Task, part: Part) -> None:
+def check_task(task: TaskSource, part: Part) -> None:
     """Refuses a task that is not known, and files that are missing or hold no row of it; reads one row at most.
 
     Raises:
         RecipeError: one line.
     """
-    if not isinstance(task_source(task, part), DatasetText):
+    if not isinstance(rows_of(task, part), DatasetText):
         next(read_task(task, part, text_to_text=False).examples)
 
 
-def read_task(task: Task, part: Part, text_to_text: bool) -> TaskRows:
+def read_task(task: TaskSource, part: Part, text_to_text: bool) -> TaskRows:
     """The rows of one part of a task.
 
     Args:
@@ -50,7 +50,7 @@ def read_task(task: Task, part: Part, text_to_text: bool) -> TaskRows:
     Raises:
         RecipeError: as `check_task`, and for a dataset that cannot be had.
     """
-    source = task_source(task, part)
+    source = rows_of(task, part)
     if isinstance(source, DatasetText):
         rows = dataset_rows(source.dataset, source.config, source.split)
     else:
@@ -62,7 +62,7 @@ def read_task(task: Task, part: Part, text_to_text: bool) -> TaskRows:
     return TaskRows(layout, (_example(layout, *row, text_to_text) for row in chain([first], rows)))
 
 
-def task_source(task: Task, part: Part) -> list[str] | DatasetText:
+def rows_of(task: TaskSource, part: Part) -> list[str] | DatasetText:
     """Where the rows of a part of a task are.
 
     Raises:

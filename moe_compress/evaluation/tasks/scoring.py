@@ -14,7 +14,7 @@ from operator import truediv
 from pathlib import Path
 from typing import Any
 
-from ...text_options import Task
+from ...recipe_fields import TaskSource
 from ..generation import generate_answers
 from .asking import Asked, Units, here
 from .choices import choice_likelihoods
@@ -47,7 +47,7 @@ class TaskScore:
 
 def score_task(
     checkpoint: Path,
-    task: Task,
+    task: TaskSource,
     max_examples: int | None = None,
     sequence_length: int = 2048,
     batch_size: int = 8,

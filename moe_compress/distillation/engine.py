@@ -1,0 +1,255 @@
+"""DeepSpeed: its settings, and the state of a training by the names of parameters.
+
+A training's state is the float32 master and the two moments of AdamW of each trained parameter. DeepSpeed keeps them
+whole or in parts, by ZeRO stage and number of processes, and so do its own checkpoints. Here they are gathered one
+parameter at a time under the parameter's name: such a state loads at any stage and any number of processes, bit for
+bit, and lies in safetensors.
+
+DeepSpeed is imported where it is used, so that this package imports without it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..distillation_options import Distillation, Optimizer
+from ..errors import RecipeError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+
+_FLAT_MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+"""What DeepSpeed's optimizers of stages 1 and 2, of stage 3 and of bf16 without ZeRO call the flat float32 masters."""
+
+
+def require_deepspeed() -> None:
+    """Imports DeepSpeed, quietly and without compiling anything.
+
+    Raises:
+        RecipeError: it is not installed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise RecipeError(
+            f"distillation: needs DeepSpeed, which does not import ({error}); pip install 'moe-compress[distill]'"
+        ) from None
+    if not torch.cuda.is_available():
+        # a faster all-reduce among processes of one machine, which takes a minute to compile
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(settings: Distillation, dtype: torch.dtype, accumulation: int, world: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given."""
+    how, optimizer = settings.deepspeed, settings.optimizer
+    device = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    # in bf16 DeepSpeed has float32 masters and accumulation from stage 1 on
+    stage = max(how.zero_stage, 1) if dtype == torch.bfloat16 else how.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if how.offload and how.zero_stage:
+        zero["offload_optimizer"] = device
+        if how.zero_stage == 3:
+            zero["offload_param"] = device
+    if how.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": settings.micro_batch_size * accumulation * world,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_clipping": optimizer.clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it would compile
+        "steps_per_print": 1 << 62,
+        "wall_clock_breakdown": False,
+    }
+
+
+@contextmanager
+def partitioned(config: dict[str, Any], is_on: bool) -> Iterator[None]:
+    """Models that transformers loads here keep a part of their parameters alone, if `is_on`."""
+    if not is_on:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers asks for it as long as it lives, which is how it learns of ZeRO 3
+    alive = HfDeepSpeedConfig(config)
+    yield
+    del alive
+
+
+class Engine:
+    """A model under training.
+
+    Args:
+        model: the student; those of its parameters train that require gradients.
+        settings: the recipe's part.
+        config: of `deepspeed_config`.
+
+    Attributes:
+        module: the model.
+        trained: its trained parameters by name.
+    """
+
+    def __init__(self, model: nn.Module, settings: Distillation, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.options, self._config = settings.optimizer, config
+        optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=0.0,
+            betas=(self.options.beta1, self.options.beta2),
+            eps=self.options.eps,
+            weight_decay=self.options.weight_decay,
+        )
+        self._engine, self._optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.module: Any = self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        device: torch.device = self._engine.device
+        return device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """Ends a micro-batch; after the last one of a step the optimizer steps."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def beside(self, teacher: nn.Module) -> Any:
+        """A model that only answers: on this process's device, or spread like this one at stage 3."""
+        teacher.eval().requires_grad_(False)
+        if self._engine.zero_optimization_stage() != 3:
+            return teacher.to(self.device)
+        import deepspeed
+
+        config = {key: value for key, value in self._config.items() if key not in ("gradient_clipping", "data_types")}
+        config["zero_optimization"] = {
+            key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"
+        }
+        return deepspeed.initialize(model=teacher, config=config)[0]
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Before clipping, of the last step."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """Makes parameters whole that ZeRO spreads."""
+        if not hasattr(parameters[0], "ds_id"):
+            return nullcontext()
+        import deepspeed
+
+        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters)
+        return gathered
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Of each trained parameter its float32 master and moments, whole; all processes must go through it."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self.trained.items():
+            if self._is_plain(parameter):
+                own = self._optimizer.state[parameter]
+                yield name, {MASTER: parameter.detach(), **{key: own[key] for key in MOMENTS}}
+                continue
+            state = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            yield name, {MASTER: safe_get_full_fp32_param(parameter), **state}
+
+    def load_state(self, step: int, read: Callable[[str], dict[str, Tensor]]) -> None:
+        """Goes on from what `state` gave after some optimizer steps; all processes must call it.
+
+        Args:
+            step: how many.
+            read: gives a parameter's state by its name.
+        """
+        from deepspeed import utils
+
+        self._begin_moments(step)
+        parameter: Any
+        for name, parameter in self.trained.items():
+            own = read(name)
+            if self._is_plain(parameter):
+                with torch.no_grad():
+                    parameter.copy_(own[MASTER])
+                moments = {key: own[key].to(parameter.device, copy=True) for key in MOMENTS}
+                self._optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+                continue
+            if hasattr(parameter, "ds_id"):
+                parts = {key: _own_part(parameter, value) for key, value in own.items()}
+                utils.safe_set_local_fp32_param(parameter, parts[MASTER])
+                for key in MOMENTS:
+                    utils.safe_set_local_optimizer_state(parameter, parts[key], key)
+                parameter.ds_tensor.data.copy_(parts[MASTER])  # else the master counts from the next step on alone
+                continue
+            utils.safe_set_full_fp32_param(parameter, own[MASTER])
+            for key in MOMENTS:
+                utils.safe_set_full_optimizer_state(parameter, own[key], key)
+            parameter.data.copy_(own[MASTER])
+
+    def _begin_moments(self, step: int) -> None:
+        """Makes what AdamW makes in its first step, so that there is something to be loaded into."""
+        flat = next((getattr(self._optimizer, name) for name in _FLAT_MASTERS if hasattr(self._optimizer, name)), None)
+        for master in flat or ():
+            moments = {key: torch.zeros_like(master) for key in MOMENTS}
+            self._optimizer.optimizer.state[master] = {"step": torch.tensor(float(step)), **moments}
+        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _is_plain(self, parameter: nn.Parameter) -> bool:
+        return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained parameters, whole and in the model's dtype, on the CPU of the first process; {} elsewhere."""
+        found = {}
+        for name, parameter in self.trained.items():
+            with self.gathered([parameter]):
+                if torch.distributed.get_rank() == 0:
+                    found[name] = parameter.detach().to("cpu", copy=True)
+        return found
+
+    def close(self) -> None:
+        """Gives back what DeepSpeed holds."""
+        self._engine.destroy()
+
+
+def _own_part(parameter: Any, value: Tensor) -> Tensor:
+    """This process's part of a tensor that is spread as the parameter is at stage 3, the last part filled up."""
+    size, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank()
+    flat = functional.pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
+    return flat[rank * size : (rank + 1) * size]
+
+
+def learning_rate(options: Optimizer, step: int, num_steps: int) -> float:
+    """Of a step, the first being 0: a linear rise over the warm-up, then the schedule's fall."""
+    warmup = math.ceil(options.warmup * num_steps)
+    if step < warmup:
+        return options.learning_rate * (step + 1) / warmup
+    if options.schedule == "constant":
+        return options.learning_rate
+    done = (step - warmup) / max(1, num_steps - warmup - 1)
+    left = (1 + math.cos(math.pi * done)) / 2 if options.schedule == "cosine" else 1 - done
+    return options.learning_rate * (options.final + (1 - options.final) * left)

@@ -1,0 +1,65 @@
+"""Runs a training in this very process; `cluster/training.py` runs it in many."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from ..errors import RecipeError
+from ..process import settle
+from .loop import Task, Trainer
+from .records import StepRecords
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training and where its figures go.
+
+    Attributes:
+        task: the training.
+        events, board: file and folder of the figures of its steps (records.py).
+        threads: numerical threads of a process.
+        device: torch device; `auto` is CUDA where there is one.
+    """
+
+    task: Task
+    events: Path
+    board: Path
+    threads: int
+    device: str
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether processes of this machine train on GPUs."""
+        return self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
+
+
+def train_here(run: Run) -> None:
+    """One process, without Ray.
+
+    Raises:
+        RecipeError: more processes are asked for.
+        DistillationError: the loss is not finite.
+    """
+    processes = run.task.settings.deepspeed.processes
+    if processes not in (None, 1):
+        raise RecipeError(
+            f"distillation.deepspeed.processes: {processes} need Ray; set cluster.local: false, or leave processes out"
+        )
+    settle(run.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        where = f"file://{folder}/rendezvous"
+        distributed.init_process_group("nccl" if run.on_gpu else "gloo", init_method=where, rank=0, world_size=1)
+        try:
+            train(run)
+        finally:
+            distributed.destroy_process_group()
+
+
+def train(run: Run) -> None:
+    """This process's part, once torch.distributed is up."""
+    Trainer(run.task, StepRecords(run.events, run.board)).run()

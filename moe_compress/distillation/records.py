@@ -1,0 +1,58 @@
+"""What a training says of itself: a line of events.jsonl and a point in TensorBoard for every step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class StepRecords:
+    """Writes the figures of steps; of the first process alone.
+
+    Args:
+        events: file that lines are appended to.
+        board: folder of TensorBoard's files; without that package there are none.
+    """
+
+    def __init__(self, events: Path, board: Path) -> None:
+        self._events = events
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._board = None
+        else:
+            self._board = SummaryWriter(str(board))
+
+    def __call__(self, figures: dict[str, Any]) -> None:
+        """Records the figures of one step, `step` among them."""
+        kind = "validation" if "validation_loss" in figures else "step"
+        with open(self._events, "a") as file:
+            file.write(json.dumps({"time_s": round(time.time(), 3), "event": kind, **figures}) + "\n")
+        if self._board is not None:
+            for name, value in figures.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, figures["step"])
+            self._board.flush()
+
+
+class EventsTail:
+    """Reads what is appended to events.jsonl from now on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The whole lines since the last call."""
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as file:
+            file.seek(self._place)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._place += len(line)
+                yield json.loads(line)

@@ -1,0 +1,84 @@
+"""Kinds of fields that several parts of a recipe have: texts, folders, names of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from .method_options import Part
+
+
+class DatasetText(Part):
+    """Text of a `datasets` name."""
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+
+
+def _as_text(value: Any) -> Any:
+    if not value or not isinstance(value, str | list | dict | DatasetText):
+        raise ValueError("names no text; give a file, a list of files or a dataset")
+    files = [value] if isinstance(value, str) else value
+    return [_at_home(file) for file in files] if isinstance(files, list) else files
+
+
+def _at_home(path: Any) -> Any:
+    """The path with a leading ~ spelled out."""
+    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~") else path
+
+
+def _named(path: Any) -> Any:
+    if path == "":
+        raise ValueError("names nothing; give a path")
+    return _at_home(path)
+
+
+def _on_disk(path: Any) -> Any:
+    if isinstance(path, str) and "://" in path:
+        raise ValueError("object stores are not written to; give a folder of a disk or a mount")
+    return _named(path)
+
+
+ModelName = Annotated[str, BeforeValidator(_named)]
+"""A folder, or a hub id."""
+
+Folder = Annotated[str, BeforeValidator(_on_disk)]
+"""A folder to write."""
+
+Text = Annotated[list[str] | DatasetText, Field(union_mode="left_to_right"), BeforeValidator(_as_text)]
+"""Files, or a dataset; one file may stand without a list."""
+
+
+class TaskSource(Part):
+    """A task, a question and its answer a row; a name alone stands for `{name: ...}`.
+
+    Attributes:
+        name: one of evaluation/tasks/templates.py, or any name for files whose fields tell what they are.
+        train, test: the rows to train on and to score: files (.jsonl, .jsonl.gz, .parquet) or a dataset; for a task of
+            the table the published splits where nothing is said.
+    """
+
+    name: str = Field(min_length=1)
+    train: Text | None = None
+    test: Text | None = None
+
+
+def as_task(value: Any) -> Any:
+    """A task's name becomes the task."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class TextPairs(Part):
+    """What the text of an encoder-decoder model is: rows of two fields, in .jsonl, .jsonl.gz, .parquet or a dataset.
+
+    `sequence_length` is then the most tokens of a source and of a target. Other models take no notice.
+
+    Attributes:
+        source_field, target_field: what the rows call the two texts.
+    """
+
+    source_field: str = "source"
+    target_field: str = "target"
