@@ -6,6 +6,7 @@ and fix.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -305,8 +306,8 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: missing; this key is required"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
-    if first["type"] == "value_error" and message.startswith(("ratio:", "levels:")):
-        return f"{where}.{message}"
+    if first["type"] == "value_error" and isinstance(first["input"], dict) and re.match(r"\w+: ", message):
+        return f"{where}.{message}".lstrip(".")  # of a part as a whole: it names the key
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 
 
