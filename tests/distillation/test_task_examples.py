@@ -54,6 +54,14 @@ def test_a_decoder_learns_answer_and_end(task: TaskSource) -> None:
     assert inside.sum() == counted.sum() - 4  # the last of a shorter row is an end of sequence, which nobody reads
 
 
+def test_without_an_end_of_sequence_the_answer_is_all(task: TaskSource) -> None:
+    endless = word_tokenizer(64)
+    endless.eos_token = None
+    found, _ = task_examples(task, endless, 32, 99, 0, is_encoder_decoder=False)
+    assert ("w3 w4 w5", "w40") in texts(found)
+    assert found.input_ids.shape == found.targets.shape == (6, 4)
+
+
 def test_an_encoder_decoder_model_learns_the_answer_as_framed(tmp_path: Path) -> None:
     rows = [{"query": "0 a b c", "answers_text": ["d e", "f"]}, {"query": "1 a", "answers_text": ["g"]}]
     task = TaskSource(name="squad", train=[str(write_rows(tmp_path / "train.jsonl", rows))])
