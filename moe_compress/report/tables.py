@@ -75,15 +75,14 @@ def _quality_table(summary: dict[str, Any]) -> Table:
 def _task_table(tasks: dict[str, dict[str, Any]]) -> Table:
     """A row a metric of each task."""
     table = Table(title="tasks, % [95 % confidence interval]")
-    for column in ("task", "metric", "examples", "original", "compressed", "change"):
-        is_name = column in ("task", "metric")
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name)
+    for column in ("", "examples", "original", "compressed", "change"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for task, score in tasks.items():
         for metric, found in score["metrics"].items():
             given = score["original_metrics"][metric]
             change = f"{100 * (found['value'] - given['value']):+.1f}"
-            name = metric.replace("_", " ")
-            table.add_row(Text(task), name, f"{score['num_examples']:,}", _interval(given), _interval(found), change)
+            name = Text(f"{task} {metric.replace('_', ' ')}")
+            table.add_row(name, f"{score['num_examples']:,}", _interval(given), _interval(found), change)
     return table
 
 
