@@ -12,6 +12,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(BIN)/kubectl: $(VENV)/ready tests/k8s/kubectl.py
+	$(BIN)/python -m tests.k8s.kubectl $@  # renders the manifests in k8s/
+
 quickstart: $(VENV)/ready
 	$(BIN)/python -m jobs.quickstart .demo
 
@@ -20,7 +23,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check
+test: check $(BIN)/kubectl
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 benchmarks: $(VENV)/ready

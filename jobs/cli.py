@@ -168,10 +168,14 @@ def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> No
     show_layers(job_dir, Console())
 
 
-def main() -> None:
-    """Entry point: turns errors into one readable line and an exit code."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+def main(*command: str) -> None:
+    """Entry point: turns errors into one readable line and an exit code.
+
+    Args:
+        command: what stands before the arguments of the process, for modules that are one of the commands.
+    """
+    debug = "--debug" in sys.argv[1:]
+    arguments = [*command, *(argument for argument in sys.argv[1:] if argument != "--debug")]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from moe_compress.errors import MoECompressError
 

@@ -29,8 +29,8 @@ ALLOWED = {
     "methods": {"errors", "method_options", "budget", "linalg", "calibration", "model"},
     "evaluation": {"errors", "recipe_fields", "checkpoint", "model", "calibration"},
     "distillation": {
-        *("errors", "distillation_options", "recipe_fields", "checkpoint", "model", "calibration", "evaluation"),
-        "progress",
+        *("errors", "process", "distillation_options", "recipe_fields", "checkpoint", "model", "calibration"),
+        "evaluation",
     },
     "job": {"errors", "recipe", "checkpoint"},
     "progress": {"job", "memory"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ def train_here(run: Run) -> None:
             f"distillation.deepspeed.processes: {processes} need Ray; set cluster.local: false, or leave processes out"
         )
     settle(run.threads)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     with tempfile.TemporaryDirectory() as folder:
         where = f"file://{folder}/rendezvous"
         distributed.init_process_group("nccl" if run.on_gpu else "gloo", init_method=where, rank=0, world_size=1)

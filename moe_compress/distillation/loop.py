@@ -149,14 +149,15 @@ class Trainer:
             total, parts = self._loss(index_B)
             sums += parts
             self.engine.backward(total * scale)
-            if self.pruner is not None:
-                self.pruner.after_backward()
             if micro + 1 == len(shares):
                 found = all_sum(sums.tolist(), self.engine.device)
                 self._check(found, batch_B)
             self.engine.step(rate)
         self.progress.step += 1
-        figures = {} if self.pruner is None else self.pruner.step(self.progress.step)
+        figures: dict[str, float] = {}
+        if self.pruner is not None:
+            self.pruner.step(self.progress.step)
+            figures = self.pruner.progress
         self._tell(found, num_tokens, rate, time.monotonic() - began, figures)
 
     def _loss(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,12 +166,12 @@ class Trainer:
         rows = self.examples.rows(index_B.clamp_min(0))
         targets_BL = rows.targets.masked_fill((index_B == NOTHING)[:, None], IGNORED)
         ids_BS, mask_BS, targets_BL = (t.to(device) for t in (rows.input_ids, rows.attention_mask, targets_BL))
-        with_hidden = loss.hidden > 0
+        with_hidden, config = loss.hidden > 0, self.engine.module.config
         theirs: Any = None
         if self.teacher is not None:
             with torch.no_grad():
-                theirs = forward(self.teacher, ids_BS, mask_BS, targets_BL, with_hidden)
-        out = forward(self.engine, ids_BS, mask_BS, targets_BL, with_hidden)
+                theirs = forward(self.teacher, config, ids_BS, mask_BS, targets_BL, with_hidden)
+        out = forward(self.engine, config, ids_BS, mask_BS, targets_BL, with_hidden)
         answer: FullTargets | CachedTargets | None = None
         if theirs is not None:
             answer = FullTargets(theirs.logits.flatten(0, 1))
@@ -219,10 +220,10 @@ class Trainer:
         self.progress.validation.append(figures)
         if self.rank == 0:
             self.tell(figures)
-        is_final = self.pruner is None or self.pruner.is_done(self.progress.step)
+        is_final = self.pruner is None or self.pruner.is_done
         if is_final and (self.progress.best is None or loss < self.progress.best):
             self.progress.best, self.progress.best_step = loss, self.progress.step
-            save_best(self.task.folder, self.engine)
+            save_best(self.task.folder, self.engine, self.pruner)
 
     def _finish(self) -> None:
         if self.rank == 0:

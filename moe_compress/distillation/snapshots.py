@@ -18,8 +18,12 @@ from torch import Tensor, distributed
 
 from ..checkpoint.writer import atomic_write, write_shard
 from .engine import MASTER, MOMENTS, Engine
+from .sparsity import ColumnPruner
 
 BEST_NAME = "best.safetensors"
+LAYERS_NAME = "layers.json"
+"""The layers' specifications that belong to the best weights, where pruning changed them; else null."""
+
 _POINTER = "latest.json"
 _EXTRA = "extra.safetensors"
 _PART_BYTES = 2**30
@@ -121,11 +125,15 @@ def load_snapshot(snapshot: Path, engine: Engine, progress: Progress) -> dict[st
     return load_file(extra) if extra.exists() else {}
 
 
-def save_best(folder: Path, engine: Engine) -> None:
-    """Keeps the weights as they are as the best so far; all processes must call it."""
+def save_best(folder: Path, engine: Engine, pruner: ColumnPruner | None) -> None:
+    """Keeps the weights as they are as the best so far, without what is pruned; all processes must call it."""
     weights = engine.weights()
     if distributed.get_rank() == 0:
+        layers = None
+        if pruner is not None:
+            weights, layers = pruner.compact(weights)
         write_shard(folder / BEST_NAME, weights)
+        atomic_write(folder / LAYERS_NAME, json.dumps(layers) + "\n")
     distributed.barrier()
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from ..calibration.text import IGNORED
 from ..checkpoint.reader import CheckpointReader
@@ -33,18 +33,20 @@ def choose_dtype(checkpoint: Path, name: str) -> torch.dtype:
     return torch.bfloat16 if own in (torch.bfloat16, "bfloat16") else torch.float32
 
 
-def forward(model: Any, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, with_hidden: bool) -> Any:
+def forward(
+    model: Any, config: PreTrainedConfig, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, with_hidden: bool
+) -> Any:
     """The model's own forward, without its own loss.
 
     Args:
         model: called with keywords.
+        config: the model's.
         input_ids, attention_mask, targets: of `Examples`.
         with_hidden: also give the layers' outputs.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": with_hidden}
     if not bool(attention_mask.all()):
         inputs["attention_mask"] = attention_mask.long()
-    config = model.config
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _shifted(targets, config.decoder_start_token_id, config.pad_token_id)
     return model(**inputs)

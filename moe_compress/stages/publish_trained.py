@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint.manifest import MANIFEST_NAME, Manifest, Source, file_records
@@ -24,9 +25,10 @@ from ..checkpoint.writer import (
     save_index,
     write_shard,
 )
-from ..distillation.snapshots import BEST_NAME
+from ..distillation.snapshots import BEST_NAME, LAYERS_NAME
 from ..distillation.student import load_model
 from ..errors import RecipeError
+from ..model.experts import FactorisedExperts
 from ..progress import Reporter
 
 
@@ -53,7 +55,7 @@ def publish_trained(
     training = provenance | {key: outcome[key] for key in ("steps", "best_step")}
     with reporter.stage("assemble", 1) as stage:
         staging = fresh_staging(output)
-        _write_model(reader, trained / BEST_NAME, staging)
+        _write_model(reader, trained, staging)
         shards = _restore_untrained(reader, staging)
         save_index(staging, shards)
         copy_side_files(student, staging)
@@ -71,13 +73,26 @@ def publish_trained(
         stage.advance()
 
 
-def _write_model(reader: CheckpointReader, best: Path, staging: Path) -> None:
+def _write_model(reader: CheckpointReader, trained: Path, staging: Path) -> None:
     """The whole model as transformers writes it."""
     model = load_model(reader.folder, "auto")
-    parameters = dict(model.named_parameters())
+    weights = load_file(trained / BEST_NAME)
+    layers = json.loads((trained / LAYERS_NAME).read_text())
+    if layers is not None:
+        model.config.quantization_config.layers = layers
+        for experts in (module for module in model.modules() if isinstance(module, FactorisedExperts)):
+            experts.forget_columns()
     with torch.no_grad():
-        for name, weight in load_file(best).items():
-            parameters[name].copy_(weight)
+        for name, weight in weights.items():
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            own = getattr(owner, leaf, None)
+            if own is not None:
+                own.copy_(weight)
+            elif weight.is_floating_point():
+                owner.register_parameter(leaf, nn.Parameter(weight.to(model.dtype)))
+            else:
+                owner.register_buffer(leaf, weight)
     model.save_pretrained(staging)
     (staging / INDEX_NAME).unlink(missing_ok=True)
 

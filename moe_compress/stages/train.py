@@ -18,6 +18,7 @@ from ..distillation.fit import Run
 from ..distillation.loop import RESULT_NAME, Task
 from ..distillation.records import EventsTail
 from ..distillation.student import choose_dtype
+from ..distillation.teacher import TeacherSetup
 from ..errors import CheckpointError, RecipeError
 from ..evaluation.agreement import Scores
 from ..executor import Executor
@@ -153,18 +154,17 @@ def train(job: Job, prepared: PreparedTraining, executor: Executor, fit: Fit, re
         temperature = settings.loss.temperature
         made_from = (prepared.teacher_digest, prepared.examples.stem, settings.teacher_top_k, temperature, str(dtype))
         cache = job.place("teacher", *made_from)
-        teach(
-            prepared.examples,
-            prepared.teacher,
-            cache,
-            settings.teacher_top_k,
-            temperature,
-            settings.micro_batch_size,
-            str(dtype).removeprefix("torch."),
-            recipe.cluster.device,
-            executor,
-            reporter,
+        setup = TeacherSetup(
+            checkpoint=prepared.teacher,
+            examples=prepared.examples,
+            folder=cache,
+            top_k=settings.teacher_top_k,
+            temperature=temperature,
+            batch_size=settings.micro_batch_size,
+            dtype=str(dtype).removeprefix("torch."),
+            device=recipe.cluster.device,
         )
+        teach(setup, executor, reporter)
     if not (prepared.folder / RESULT_NAME).exists():
         task = Task(
             settings=settings,
