@@ -84,17 +84,24 @@ def plan(
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, compressed or not.")],
-    text: Annotated[list[str], typer.Option(help="Text files, or '{dataset: ..., config: ..., split: ...}'.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text files, or '{dataset: ..., config: ..., split: ...}'.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task such as sst2, or any name and a file of its questions, boolq=FILE.", metavar="TASK"),
+    ] = None,
     against: Annotated[str | None, typer.Option(help="The original, to compare with.")] = None,
     level: Level = None,
     sequence_length: Annotated[int, typer.Option(min=2)] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1)] = None,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="The first so many of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
     parquet_out: Annotated[Path | None, typer.Option("--parquet", help="Write a row for each window here.")] = None,
 ) -> None:
-    """Perplexity of a checkpoint, and its agreement with the original."""
+    """Perplexity of a checkpoint, its agreement with the original, and its scores on tasks."""
     import yaml
 
     from moe_compress.errors import RecipeError
@@ -104,18 +111,30 @@ def evaluate(
     for option, file in (("--json", json_out), ("--parquet", parquet_out)):
         if file is not None and not (file.absolute().parent.is_dir() and not file.is_dir()):
             raise RecipeError(f"{option} {file}: not a file in a folder that exists; give another path")
+    if not text and not task:
+        raise RecipeError("evaluate: neither --text nor --task says what on; give one of both")
+    if parquet_out is not None and not text:
+        raise RecipeError(f"--parquet {parquet_out}: holds the windows of a text; give --text, or leave it out")
     settings = {
-        "text": yaml.safe_load(text[0]) if text[0].startswith("{") else text,
+        "text": yaml.safe_load(text[0]) if text and text[0].startswith("{") else text or None,
+        "tasks": [_task(each) for each in task or []],
+        "max_examples": max_examples,
         "sequence_length": sequence_length,
         "max_windows": max_windows,
         "batch_size": batch_size,
         "dtype": dtype,
     }
     scores = run_evaluation_only(checkpoint, against, settings, Console(stderr=True), parquet_out, level)
-    text_out = json.dumps(scores.to_dict(), indent=2)
+    text_out = json.dumps(scores, indent=2)
     if json_out is not None:
         json_out.write_text(text_out + "\n")
     typer.echo(text_out)
+
+
+def _task(value: str) -> dict[str, object]:
+    """A task of the command line, NAME or NAME=FILE."""
+    name, separator, file = value.partition("=")
+    return {"name": name, "test": [file]} if separator else {"name": name}
 
 
 @app.command()

@@ -15,7 +15,7 @@ from rich.console import Console
 from moe_compress.calibration.text import TokenBatch
 from moe_compress.checkpoint.reader import CheckpointReader, resolve_checkpoint
 from moe_compress.errors import CheckpointError, RecipeError
-from moe_compress.evaluation.agreement import Scores, merge_scores
+from moe_compress.evaluation.agreement import merge_scores
 from moe_compress.executor import Executor, InProcess
 from moe_compress.job import Job
 from moe_compress.memory import PeakMemory
@@ -27,6 +27,7 @@ from moe_compress.recipe import Cluster, Evaluation, Recipe, parse_part
 from moe_compress.report.tables import show_job
 from moe_compress.stages.evaluate import run_evaluation
 from moe_compress.stages.prepare import check, check_output, prepare
+from moe_compress.stages.tasks import beside, check_tasks, score_tasks
 from moe_compress.stages.tokens import check_vocabulary, evaluation_tokens
 from moe_compress.stages.units import write_table
 
@@ -92,14 +93,14 @@ def run_evaluation_only(
     console: Console,
     parquet: Path | None = None,
     level: str | None = None,
-) -> Scores:
-    """Scores a checkpoint by itself, or beside the original.
+) -> dict[str, Any]:
+    """What a checkpoint scores on a text and on tasks, by itself or beside the original.
 
     Args:
         checkpoint, against: folders or hub ids.
         settings: the `evaluation` part of a recipe.
         console: for progress.
-        parquet: file for the table of windows, if wanted.
+        parquet: file for the table of the text's windows, if wanted.
         level: of the checkpoint, if it has several; None for the largest.
     """
     evaluation = parse_part(Evaluation, settings)
@@ -113,25 +114,26 @@ def run_evaluation_only(
             f"--against {against}: its vocabulary has {_vocabulary(original)} tokens and that of {checkpoint} has"
             f" {num_ids}; give the checkpoint it was made from"
         )
-    with tempfile.TemporaryDirectory() as scratch:
+    check_tasks(evaluation)
+    reporter = Reporter(None, console)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         tokens = evaluation_tokens(evaluation, folder, Path(scratch))
-        check_vocabulary(folder, num_ids, tokens)
-        with executor_for(Cluster(local=True)) as executor:
-            table = run_evaluation(
-                folder,
-                original,
-                tokens,
-                evaluation.batch_size,
-                evaluation.dtype,
-                "auto",
-                executor,
-                Reporter(None, console),
-                evaluation.generate,
-                level,
-            )
-    if parquet is not None:
-        write_table(parquet, table)
-    return merge_scores(table)
+        executor = stack.enter_context(executor_for(Cluster(local=True)))
+        if tokens is not None:
+            check_vocabulary(folder, num_ids, tokens)
+            how = (evaluation.batch_size, evaluation.dtype, "auto", executor, reporter, evaluation.generate, level)
+            table = run_evaluation(folder, original, tokens, *how)
+            found |= merge_scores(table).to_dict()
+            if parquet is not None:
+                write_table(parquet, table)
+        if evaluation.tasks:
+            tasks = score_tasks(folder, evaluation, "auto", executor, reporter, level)
+            if original is not None:
+                given = score_tasks(original, evaluation, "auto", executor, reporter, whose=" of the original")
+                tasks = beside(tasks, given)
+            found["tasks"] = tasks
+    return found
 
 
 def _vocabulary(checkpoint: Path) -> int:

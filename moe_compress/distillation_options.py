@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .method_options import Part, Ratio
-from .recipe_fields import Folder, Text, TextPairs
+from .recipe_fields import Folder, TaskSource, Text, TextPairs, as_task
 
 Trained = Literal["all", "experts", "factors", "wholes", "routers"]
 
@@ -98,7 +98,8 @@ class Distillation(TextPairs):
     Attributes:
         output: folder of the trained checkpoint; `<output of the recipe>-distilled` where nothing is said.
         text: what to train on: files or a dataset, packed into sequences; pairs for an encoder-decoder model.
-        task: instead of text, a task (see evaluation/tasks), an example a sequence, trained on the answers.
+        task: instead of text, a task (see evaluation/tasks), an example a sequence, trained on the answers: a name, or
+            `{name: ..., train: files or dataset}`.
         num_sequences, sequence_length, seed: how much of the text: the sequences of one epoch, the tokens of each.
         validation_sequences: sequences of the same text that are held out, to choose the best checkpoint by.
         teacher: `cached` computes the teacher's most likely tokens once and needs no teacher in memory, `live` runs it
@@ -117,7 +118,7 @@ class Distillation(TextPairs):
 
     output: Folder | None = None
     text: Text | None = None
-    task: str | None = None
+    task: TaskSource | None = None
     num_sequences: int = Field(4096, ge=1)
     sequence_length: int = Field(1024, ge=2)
     validation_sequences: int = Field(32, ge=1)
@@ -136,6 +137,11 @@ class Distillation(TextPairs):
     evaluate_every: int = Field(100, ge=0)
     checkpoint_every: int = Field(100, ge=0)
     deepspeed: DeepSpeed = DeepSpeed()
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _named_task(cls, value: Any) -> Any:
+        return as_task(value)
 
     @model_validator(mode="after")
     def _agrees(self) -> Distillation:

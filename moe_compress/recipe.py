@@ -6,18 +6,20 @@ and fix.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from .distillation_options import Distillation
 from .errors import RecipeError
 from .method_options import METHODS, Method, Part
-from .recipe_fields import DatasetText, Folder, ModelName, Text, TextPairs
+from .recipe_fields import DatasetText, Folder, ModelName, TaskSource, Text, TextPairs, as_task
 
 SomePart = TypeVar("SomePart", bound=Part)
 
@@ -49,21 +51,42 @@ class Calibration(TextPairs):
 
 
 class Evaluation(TextPairs):
-    """What perplexity and agreement with the original are measured on.
+    """What perplexity and agreement with the original are measured on, and what tasks both are scored by.
 
     Attributes:
         text: files (tokenised as one string) or a dataset; of pairs for an encoder-decoder model.
-        sequence_length: tokens a window; windows do not overlap.
+        sequence_length: tokens a window; windows do not overlap. Also the most tokens of a task's example.
         max_windows: only the first so many windows (or pairs); None for the whole text.
         generate: for so many pairs, the first ones, the target is also generated greedily and compared.
+        tasks: names of evaluation/tasks/templates.py, or `{name: ..., test: files or dataset}`.
+        max_examples: only the first so many examples of each task; None for all.
+        batch_size: windows, or choices of a task, a micro-batch.
     """
 
-    text: Text
+    text: Text | None = None
     sequence_length: int = Field(2048, ge=2)
     max_windows: int | None = Field(None, ge=1)
     generate: int = Field(0, ge=0)
+    tasks: tuple[TaskSource, ...] = ()
+    max_examples: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named_tasks(cls, value: Any) -> Any:
+        return tuple(map(as_task, value)) if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Evaluation:
+        if self.text is None and not self.tasks:
+            raise ValueError("text: missing; give text, or tasks")
+        if self.text is None and self.generate:
+            raise ValueError(f"generate: {self.generate} targets of a text that is not given; give text")
+        twice = [name for name, count in Counter(task.name for task in self.tasks).items() if count > 1]
+        if twice:
+            raise ValueError(f"tasks: {twice[0]!r} is named twice; give each a name of its own")
+        return self
 
 
 class Cluster(Part):
@@ -283,8 +306,8 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: missing; this key is required"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
-    if first["type"] == "value_error" and message.startswith(("ratio:", "levels:")):
-        return f"{where}.{message}"
+    if first["type"] == "value_error" and isinstance(first["input"], dict) and re.match(r"\w+: ", message):
+        return f"{where}.{message}".lstrip(".")  # of a part as a whole: it names the key
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 
 

@@ -52,6 +52,25 @@ Text = Annotated[list[str] | DatasetText, Field(union_mode="left_to_right"), Bef
 """Files, or a dataset; one file may stand without a list."""
 
 
+class TaskSource(Part):
+    """A task, a question and its answer a row; a name alone stands for `{name: ...}`.
+
+    Attributes:
+        name: one of evaluation/tasks/templates.py, or any name for files whose fields tell what they are.
+        train, test: the rows to train on and to score: files (.jsonl, .jsonl.gz, .parquet) or a dataset; for a task of
+            the table the published splits where nothing is said.
+    """
+
+    name: str = Field(min_length=1)
+    train: Text | None = None
+    test: Text | None = None
+
+
+def as_task(value: Any) -> Any:
+    """A task's name becomes the task."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class TextPairs(Part):
     """What the text of an encoder-decoder model is: rows of two fields, in .jsonl, .jsonl.gz, .parquet or a dataset.
 

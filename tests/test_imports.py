@@ -27,8 +27,11 @@ ALLOWED = {
     "model": {"errors", "checkpoint"},
     "calibration": {"errors", "process", "checkpoint", "model", "linalg"},
     "methods": {"errors", "method_options", "budget", "linalg", "calibration", "model"},
-    "evaluation": {"errors", "checkpoint", "model", "calibration"},
-    "distillation": {"errors", "process", "distillation_options", "checkpoint", "model", "calibration", "evaluation"},
+    "evaluation": {"errors", "recipe_fields", "checkpoint", "model", "calibration"},
+    "distillation": {
+        *("errors", "process", "distillation_options", "recipe_fields", "checkpoint", "model", "calibration"),
+        "evaluation",
+    },
     "job": {"errors", "recipe", "checkpoint"},
     "progress": {"job", "memory"},
     "stages": {

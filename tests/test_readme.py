@@ -23,6 +23,8 @@ PLACEHOLDERS = {
     "RECIPE": "recipe.yaml",
     "CHECKPOINT": "mixtral-40",
     "FILE": "held-out.txt",
+    "NAME=QUESTIONS": "quiz=questions.jsonl",
+    "--max-examples N": "--max-examples 2",
     "ORIGINAL": "model",
     "--json OUT": "--json scores.json",
     "--parquet OUT": "--parquet scores.parquet",
@@ -56,6 +58,8 @@ def folder(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     document = "the quick brown fox jumps over a lazy dog. "
     (folder / "calibration.jsonl").write_text(json.dumps({"text": document * 50}) + "\n")
     (folder / "held-out.txt").write_text(document * 300)  # `evaluate` takes windows of 2048 tokens
+    question = {"query": "the quick brown", "choices": ["fox", "lazy dog"], "gold": 0}
+    (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
     recipe = block("yaml")
     for given, here in {"mistralai/Mixtral-8x7B-v0.1": "model", ": 128": ": 4", ": 2048": ": 16"}.items():
         assert recipe.count(given) == 1

@@ -6,28 +6,17 @@ the model (special tokens included), cut to a length, and padded at their ends t
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow
-import pyarrow.parquet
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 from ..errors import RecipeError
-from .sources import checked_files, dataset_rows, json_records, reading
-from .text import IGNORED, TokenBatch
+from .sources import dataset_rows, file_rows, shuffled
+from .text import IGNORED, TokenBatch, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-
-_POOL_PAIRS = 1 << 20
-"""Pairs are shuffled in pools of this many: an ordinary file is one, a huge dataset is read no further."""
 
 Pair = tuple[str, str]
 
@@ -42,8 +31,7 @@ def read_pairs(sources: Sequence[str | Path], fields: tuple[str, str]) -> Iterat
     Raises RecipeError for a missing file, an unknown suffix (both at the call), and while reading for a row without
     one of the fields.
     """
-    paths = checked_files(sources, SUFFIXES)
-    return (_pair(record, where, fields) for path in paths for where, record in reading(path, _records))
+    return (_pair(record, where, fields) for where, record in file_rows(sources))
 
 
 def dataset_pairs(name: str, config: str | None, split: str, fields: tuple[str, str]) -> Iterator[Pair]:
@@ -61,7 +49,7 @@ def calibration_pairs(
 
     Raises RecipeError where there is no pair.
     """
-    return _tokenise(islice(_shuffled(pairs, seed), num_sequences), tokenizer, sequence_length)
+    return _tokenise(islice(shuffled(pairs, seed), num_sequences), tokenizer, sequence_length)
 
 
 def evaluation_pairs(
@@ -74,13 +62,6 @@ def evaluation_pairs(
     return _tokenise(islice(pairs, max_windows), tokenizer, sequence_length)
 
 
-def _shuffled(pairs: Iterable[Pair], seed: int) -> Iterator[Pair]:
-    generator, rest = random.Random(seed), iter(pairs)
-    while pool := list(islice(rest, _POOL_PAIRS)):
-        generator.shuffle(pool)
-        yield from pool
-
-
 def _tokenise(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, length: int) -> TokenBatch:
     found = list(pairs)
     if not found:
@@ -89,24 +70,7 @@ def _tokenise(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, length:
     sources = tokenizer([source for source, _ in found], **cut)["input_ids"]
     targets = tokenizer(text_target=[target for _, target in found], **cut)["input_ids"]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    lengths = torch.tensor([len(ids) for ids in sources])
-    return TokenBatch(
-        _padded(sources, pad), torch.arange(int(lengths.max())) < lengths[:, None], _padded(targets, IGNORED)
-    )
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    """int64 (N, longest row)."""
-    return pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in rows], True, value)
-
-
-def _records(path: Path) -> Iterator[tuple[str, object]]:
-    if path.suffix != ".parquet":
-        yield from json_records(path)
-        return
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            yield from ((str(path), row) for row in batch.to_pylist())
+    return TokenBatch(*padded(sources, pad), padded(targets, IGNORED)[0])
 
 
 def _pair(record: object, where: str, fields: tuple[str, str]) -> Pair:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
+
+import pyarrow.parquet
 
 from ..errors import RecipeError
 
 Item = TypeVar("Item")
+
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+_POOL_ITEMS = 1 << 20
+"""Rows are shuffled in pools of this many: an ordinary file is one, a huge dataset is read no further."""
 
 
 def checked_files(sources: Sequence[str | Path], suffixes: Iterable[str]) -> list[Path]:
@@ -55,6 +64,32 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
             except ValueError as error:
                 raise RecipeError(f"{where}: not a line of JSON ({error}); correct it") from error
             yield where, record
+
+
+def file_rows(sources: Sequence[str | Path]) -> Iterator[tuple[str, object]]:
+    """(where it is from, row) of local files of rows, in order.
+
+    Raises RecipeError for a missing file and an unknown suffix (both at the call), and for what cannot be read.
+    """
+    paths = checked_files(sources, ROW_SUFFIXES)
+    return (row for path in paths for row in reading(path, _rows))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object]]:
+    if path.suffix != ".parquet":
+        yield from json_records(path)
+        return
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from ((str(path), row) for row in batch.to_pylist())
+
+
+def shuffled(items: Iterable[Item], seed: int) -> Iterator[Item]:
+    """The items in a random order, the same for the same seed."""
+    generator, rest = random.Random(seed), iter(items)
+    while pool := list(islice(rest, _POOL_ITEMS)):
+        generator.shuffle(pool)
+        yield from pool
 
 
 def dataset_rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, object]]:

@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoint.writer import write_shard
 from ..errors import RecipeError
@@ -102,6 +103,13 @@ class TokenBatch:
     def load(cls, path: Path) -> TokenBatch:
         """Reads what `save` wrote."""
         return cls(**load_file(path))
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int64 (N, longest row) with `value` at the ends, its bool mask of what is no padding)."""
+    lengths = torch.tensor([len(ids) for ids in rows])
+    ids = pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in rows], True, value)
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
 def calibration_sequences(

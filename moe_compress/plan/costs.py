@@ -26,7 +26,6 @@ from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
 from ..model.stored_experts import BLOCK_BYTES
 from ..recipe import Recipe
-from ..recipe_fields import DatasetText
 from .outcome import Outcome
 from .shape import ModelShape
 from .speed import EIGEN
@@ -282,7 +281,7 @@ class Workload:
     def _evaluation_tokens(self) -> int:
         """The windows asked for; for a whole text its size, four bytes a token, and nothing if it is not there."""
         settings = self.recipe.evaluation
-        if settings is None or isinstance(settings.text, DatasetText):
+        if settings is None or not isinstance(settings.text, list):
             return 0
         sizes = [path.stat().st_size for path in map(Path, settings.text) if path.is_file()]
         tokens = sum(sizes) // TEXT_BYTES_A_TOKEN

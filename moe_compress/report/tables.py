@@ -45,6 +45,8 @@ def show_job(job_dir: Path, console: Console) -> None:
     console.print(_quality_table(summary))
     if summary.get("levels"):
         console.print(_level_table(summary["levels"], (summary["scores"] or {}).get("levels", {})))
+    if (summary["scores"] or {}).get("tasks"):
+        console.print(_task_table(summary["scores"]["tasks"]))
     console.print(_stage_table(summary["stages"]))
 
 
@@ -60,7 +62,7 @@ def _quality_table(summary: dict[str, Any]) -> Table:
     add("parameters", parameters["original"], parameters["compressed"], "{:,.0f}".format)
     add("  routed experts", parameters["experts_original"], parameters["experts_compressed"], "{:,.0f}".format)
     add("bytes on disk", size["original"], size["compressed"], bytes_for_people)
-    if scores is not None:
+    if scores is not None and "perplexity" in scores:
         add("perplexity", scores["original_perplexity"], scores["perplexity"], "{:.3f}".format)
         if scores.get("exact_match") is not None:
             add("exact match, generated", scores["original_exact_match"], scores["exact_match"], "{:.2%}".format)
@@ -68,6 +70,25 @@ def _quality_table(summary: dict[str, Any]) -> Table:
         table.add_row("top-1 agreement", "", f"{scores['agreement']:.2%}", "")
         table.add_row("KL, nats a token", "", f"{scores['kl']:.4f} ± {scores['kl_error']:.4f}", "")
     return table
+
+
+def _task_table(tasks: dict[str, dict[str, Any]]) -> Table:
+    """A row a metric of each task."""
+    table = Table(title="tasks, % [95 % confidence interval]")
+    for column in ("", "examples", "original", "compressed", "change"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    for task, score in tasks.items():
+        for metric, found in score["metrics"].items():
+            given = score["original_metrics"][metric]
+            change = f"{100 * (found['value'] - given['value']):+.1f}"
+            name = Text(f"{task} {metric.replace('_', ' ')}")
+            table.add_row(name, f"{score['num_examples']:,}", _interval(given), _interval(found), change)
+    return table
+
+
+def _interval(estimate: dict[str, float]) -> Text:
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return Text(f"{value:.1f} [{low:.1f}, {high:.1f}]")
 
 
 def show_training(job_dir: Path, console: Console) -> None:

@@ -23,41 +23,48 @@ from ..model.levels import level_names
 from ..progress import Reporter
 from ..recipe import Evaluation
 from .prepare import Prepared
+from .tasks import TaskScores, beside, scored_tasks
 from .units import write_table
 
 
 def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> dict[str, Any] | None:
-    """Perplexity of both checkpoints and their agreement, window by window; at each level, if there are several.
-
-    Returns:
-        what `evaluation.json` holds: the scores of the whole checkpoint, and by name those of its levels.
-    """
+    """What `evaluation.json` holds: the scores of the whole checkpoint, by name those of its levels, and of tasks."""
     settings = prepared.recipe.evaluation
-    if settings is None or prepared.evaluation_tokens is None:
+    if settings is None:
         return None
+    found: dict[str, Any] = {}
+    if prepared.evaluation_tokens is not None:
+        found |= _on_text(job, prepared, settings, prepared.evaluation_tokens, executor, reporter)
+    if settings.tasks:
+        found["tasks"] = _on_tasks(job, prepared, settings, executor, reporter)
+    atomic_write(job.folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _on_tasks(job: Job, prepared: Prepared, settings: Evaluation, executor: Executor, reporter: Reporter) -> TaskScores:
+    """Scores of both checkpoints on each task, the compressed one at its largest level."""
+    output, how = prepared.recipe.output_path, (settings, executor, reporter)
+    scores = scored_tasks(job, output, Manifest.load(output).unmeasured().text(), *how)
+    original = scored_tasks(job, prepared.reader.folder, prepared.source_digest, *how, whose=" of the original")
+    return beside(scores, original)
+
+
+def _on_text(
+    job: Job, prepared: Prepared, settings: Evaluation, tokens: Path, executor: Executor, reporter: Reporter
+) -> dict[str, Any]:
+    """Perplexity of both checkpoints and their agreement, window by window; at each level, if there are several."""
     output = prepared.recipe.output_path
     manifest = Manifest.load(output)
     names = level_names(CheckpointReader(output).config)
     levels: list[str | None] = [*names] if names else [None]
+    made, original = manifest.unmeasured().text(), prepared.reader.folder
     scores = {
-        level: scored(
-            job,
-            output,
-            manifest.unmeasured().text(),
-            prepared.reader.folder,
-            settings,
-            prepared.evaluation_tokens,
-            executor,
-            reporter,
-            level,
-        )
-        for level in levels
+        level: scored(job, output, made, original, settings, tokens, executor, reporter, level) for level in levels
     }
     found = scores[levels[0]].to_dict()
     if names:
         found["levels"] = {name: scores[name].to_dict() for name in names}
         manifest.measured({name: scores[name].perplexity for name in names}).save(output)
-    atomic_write(job.folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
     return found
 
 

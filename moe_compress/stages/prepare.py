@@ -20,6 +20,7 @@ from ..model.discovery import MoELayer
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton
 from ..recipe import Cluster, JobRecipe, Recipe
+from .tasks import check_tasks
 from .tokens import calibration_tokens, check_texts, check_vocabulary, evaluation_tokens, load_tokenizer
 
 
@@ -62,6 +63,7 @@ def check(recipe: Recipe) -> tuple[CheckpointReader, Skeleton, list[MoELayer]]:
     skeleton, layers = open_original(recipe, reader)
     _check_kind(recipe, skeleton)
     check_texts(recipe, skeleton.model.config.is_encoder_decoder)
+    check_tasks(recipe.evaluation)
     load_tokenizer(reader.folder)
     return reader, skeleton, layers
 

@@ -41,9 +41,9 @@ def check_texts(recipe: Recipe, of_pairs: bool) -> None:
         RecipeError: names the field and the file.
     """
     for field, part in (("calibration.text", recipe.calibration), ("evaluation.text", recipe.evaluation)):
-        if part is None or isinstance(part.text, DatasetText):
+        if part is None or not isinstance(part.text, list):
             continue
-        with _naming(field):
+        with naming(field):
             # looks at the names now, at the files when iterated
             _pairs(part.text, part) if of_pairs else read_documents(part.text)
             for path in part.text:
@@ -82,20 +82,22 @@ def calibration_tokens(settings: Calibration, checkpoint: Path, folder: Path) ->
     return _cached("calibration", settings.text, shape, checkpoint, folder, make)
 
 
-def evaluation_tokens(settings: Evaluation, checkpoint: Path, folder: Path) -> Path:
-    """File of the evaluation windows, named by what it was made from.
+def evaluation_tokens(settings: Evaluation, checkpoint: Path, folder: Path) -> Path | None:
+    """File of the evaluation windows, named by what it was made from; None where there are tasks alone.
 
     Raises:
         RecipeError: the text cannot be read, or fills no window.
     """
-    shape = (settings.sequence_length, settings.max_windows)
+    text, shape = settings.text, (settings.sequence_length, settings.max_windows)
+    if text is None:
+        return None
     if reads_pairs(checkpoint):
-        return _cached_pairs("evaluation", settings, settings.text, shape, checkpoint, folder, evaluation_pairs)
+        return _cached_pairs("evaluation", settings, text, shape, checkpoint, folder, evaluation_pairs)
 
     def make() -> TokenBatch:
-        return evaluation_windows(_documents(settings.text, read_texts), load_tokenizer(checkpoint), *shape)
+        return evaluation_windows(_documents(text, read_texts), load_tokenizer(checkpoint), *shape)
 
-    return _cached("evaluation", settings.text, shape, checkpoint, folder, make)
+    return _cached("evaluation", text, shape, checkpoint, folder, make)
 
 
 def training_tokens(settings: Distillation, checkpoint: Path, folder: Path) -> Path:
@@ -173,8 +175,8 @@ def _cached_pairs(
 def _cached(
     part: str, text: Text, shape: tuple[Any, ...], checkpoint: Path, folder: Path, make: Callable[[], TokenBatch]
 ) -> Path:
-    with _naming(f"{part}.text"):
-        made_from = digest_of(part, _identity(text), _tokenizer_digest(checkpoint), shape)
+    with naming(f"{part}.text"):
+        made_from = digest_of(part, text_identity(text), tokenizer_digest(checkpoint), shape)
         target = folder / f"{made_from}.safetensors"
         if not target.exists():
             make().save(target)
@@ -188,7 +190,7 @@ def _documents(text: Text, read: Callable[[Sequence[str]], Iterator[str]]) -> It
 
 
 @contextmanager
-def _naming(field: str) -> Iterator[None]:
+def naming(field: str) -> Iterator[None]:
     """Puts the field of the recipe before what is wrong with its text."""
     try:
         yield
@@ -196,7 +198,7 @@ def _naming(field: str) -> Iterator[None]:
         raise RecipeError(f"{field}: {error}") from error
 
 
-def _identity(text: Text) -> Any:
+def text_identity(text: Text) -> Any:
     """What a text is, whatever it is called: the digests of its files, or the name of its dataset."""
     if isinstance(text, DatasetText):
         return text.model_dump()
@@ -211,5 +213,6 @@ def _file_digest(path: Path) -> str:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give an existing text file") from error
 
 
-def _tokenizer_digest(checkpoint: Path) -> list[str]:
+def tokenizer_digest(checkpoint: Path) -> list[str]:
+    """What the files of a checkpoint's tokenizer hold."""
     return [_file_digest(path) for path in sorted(checkpoint.glob("tokenizer*")) if path.is_file()]

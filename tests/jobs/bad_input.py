@@ -85,6 +85,14 @@ def text_file(name: str, content: bytes, field: str = "calibration") -> Callable
     return spoil
 
 
+def task_file(content: bytes) -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        (world.root / "rows.jsonl").write_bytes(content)
+        world.recipe["evaluation"]["tasks"] = [{"name": "mine", "test": str(world.root / "rows.jsonl")}]
+
+    return spoil
+
+
 def dense_model(world: World) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     replace_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8)), world)
@@ -291,6 +299,17 @@ CASES: dict[str, tuple[Callable[[World], object], str]] = {
     "text is not JSON lines": (text_file("a.jsonl", b"{}\nno"), "a.jsonl:1"),
     "text is not Parquet": (text_file("a.parquet", b"PAR0"), "a.parquet: cannot be read"),
     "missing evaluation text": (override("evaluation.text=/no/such.txt"), "evaluation.text: /no/such.txt"),
+    "nothing to evaluate on": (drop("evaluation", "text"), "evaluation.text: missing"),
+    "generated targets of no text": (override("evaluation={tasks: [copa], generate: 3}"), "evaluation.generate: 3"),
+    "unknown task": (override("evaluation.tasks=[banana]"), "evaluation.tasks: 'banana' is no task"),
+    "task twice": (override("evaluation.tasks=[copa, copa]"), "evaluation.tasks: 'copa' is named twice"),
+    "unknown key of a task": (override("evaluation.tasks=[{name: copa, file: a}]"), "tasks.0.file: unknown key"),
+    "task without its file": (
+        override("evaluation.tasks=[{name: mine, test: /no/such.jsonl}]"),
+        "evaluation.tasks: /no/such.jsonl: no such text file",
+    ),
+    "task of other rows": (task_file(b'{"text": "a fox"}'), "no row of the task 'mine'"),
+    "task without rows": (task_file(b"\n"), "mine: its test files hold no row"),
     "empty evaluation text": (text_file("empty.txt", b"", "evaluation"), "evaluation.text: "),
     "split that is not there": (
         lambda w: w.recipe["evaluation"].update(text={"dataset": str(w.root), "split": "absent"}),
