@@ -78,6 +78,13 @@ def deepspeed_config(settings: Distillation, dtype: torch.dtype, accumulation: i
     }
 
 
+def join_processes() -> None:
+    """Tells DeepSpeed of the process group of torch.distributed, which must be up."""
+    import deepspeed
+
+    deepspeed.init_distributed(verbose=False)
+
+
 @contextmanager
 def partitioned(config: dict[str, Any], is_on: bool) -> Iterator[None]:
     """Models that transformers loads here keep a part of their parameters alone, if `is_on`."""
@@ -102,13 +109,13 @@ class Engine:
 
     Attributes:
         module: the model.
-        trained: its trained parameters by name; factors of rank 0 are none.
+        trained: its trained parameters by name.
     """
 
     def __init__(self, model: nn.Module, settings: Distillation, config: dict[str, Any]) -> None:
         import deepspeed
 
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad and _size(p)}
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.options, self._config = settings.optimizer, config
         optimizer = torch.optim.AdamW(
             self.trained.values(),
@@ -237,11 +244,6 @@ class Engine:
     def close(self) -> None:
         """Gives back what DeepSpeed holds."""
         self._engine.destroy()
-
-
-def _size(parameter: Any) -> int:
-    size: int = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO 3 leaves a parameter's own shape empty
-    return size
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:

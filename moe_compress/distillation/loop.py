@@ -23,7 +23,7 @@ from ..calibration.text import IGNORED
 from ..checkpoint.writer import atomic_write
 from ..distillation_options import Distillation
 from ..errors import DistillationError
-from .engine import Engine, deepspeed_config, learning_rate, partitioned, require_deepspeed
+from .engine import Engine, deepspeed_config, join_processes, learning_rate, partitioned, require_deepspeed
 from .examples import Examples
 from .losses import CachedTargets, FullTargets, hidden_loss, router_loss, token_loss
 from .order import NOTHING, Order, micro_batches, num_micro_batches
@@ -76,6 +76,7 @@ class Trainer:
 
     def __init__(self, task: Task, tell: Tell) -> None:
         require_deepspeed()
+        join_processes()
         self.task, self.settings, self.tell = task, task.settings, tell
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.examples = Examples.load(task.examples)

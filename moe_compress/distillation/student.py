@@ -20,7 +20,18 @@ def load_model(checkpoint: Path, dtype: torch.dtype | Literal["auto"]) -> PreTra
     config = load_config(CheckpointReader(checkpoint))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
+    _hide_empty(model)
     return model
+
+
+def _hide_empty(model: PreTrainedModel) -> None:
+    """Makes buffers of parameters without elements, such as factors of rank 0, which ZeRO 3 cannot gather."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if 0 in shape:
+                delattr(module, name)
+                module.register_buffer(name, torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
 
 
 def choose_dtype(checkpoint: Path, name: str) -> torch.dtype:
