@@ -78,4 +78,4 @@ def test_the_command_in_a_recipe_is_its_own(path: Path) -> None:
 
 
 def test_the_recipes_are_there() -> None:
-    assert {path.stem for path in RECIPES} == {"laptop", "cluster", "paper"}
+    assert {path.stem for path in RECIPES} == {"laptop", "cluster", "paper", "distill"}
