@@ -202,6 +202,8 @@ class Skeleton:
         """
         known = {on_disk: tensors[name] for name in tensors if (on_disk := self._own_name(name)) is not None}
         tensors = {name: tensor for name, tensor in tensors.items() if self._own_name(name) is None}
+        if not tensors:
+            return known
         own = {source for name in tensors for source in self.targets.get(name, [])}
         conversions = self._mapping(add_legacy=False)
         # text checkpoints of multimodal types come with the prefix of the whole model and without

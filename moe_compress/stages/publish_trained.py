@@ -160,11 +160,8 @@ class _TrainedTensors:
 
     def _places(self, name: str) -> list[str]:
         """Where a trained tensor lies in the checkpoint: under its own name, and that of every tensor tied to it."""
-        known = self._skeleton.targets
-        tied = [other for other in self._skeleton.tied_to(name) if other in known and other not in self._trained]
-        if name in known:
-            return [name, *(other for other in tied if self._is_same(name, other))]
-        return tied or [name]
+        tied = (other for other in self._skeleton.tied_to(name) if other in self._skeleton.targets)
+        return [name, *(other for other in tied if other not in self._trained and self._is_same(name, other))]
 
     def _is_same(self, name: str, other: str) -> bool:
         """Whether two tensors were the same before the training: else the checkpoint did not tie them."""
