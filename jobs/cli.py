@@ -160,12 +160,15 @@ def materialize(
 
 @app.command()
 def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> None:
-    """Prints what a finished job did."""
+    """Prints what a finished job did, and what a training did that follows it or stands alone."""
     from moe_compress.report.layers import show_layers
-    from moe_compress.report.tables import show_job
+    from moe_compress.report.tables import has_trained, show_job, show_training
 
-    show_job(job_dir, Console())
-    show_layers(job_dir, Console())
+    if not has_trained(job_dir, alone=True):
+        show_job(job_dir, Console())
+        show_layers(job_dir, Console())
+    if has_trained(job_dir):
+        show_training(job_dir, Console())
 
 
 def main(*command: str) -> None:

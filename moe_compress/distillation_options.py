@@ -149,7 +149,7 @@ class Distillation(TextPairs):
             raise ValueError("text and task: give one of both, what to train on")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size: {self.batch_size} is no multiple of micro_batch_size, {self.micro_batch_size}"
+                f"batch_size: {self.batch_size} is no multiple of micro_batch_size, {self.micro_batch_size}; change one"
             )
         if self.teacher != "live" and (self.loss.hidden or self.loss.router):
             raise ValueError("loss.hidden and loss.router: need the teacher's own layers; set teacher: live")

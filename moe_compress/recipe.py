@@ -255,7 +255,7 @@ def parse_recipe(data: dict[str, Any]) -> Recipe:
         # a part whose every line is commented out is null
         return Recipe.model_validate({key: value for key, value in data.items() if value is not None})
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        raise RecipeError(_explain(error, Recipe)) from None
 
 
 def parse_part(kind: type[SomePart], data: dict[str, Any]) -> SomePart:
@@ -267,7 +267,7 @@ def parse_part(kind: type[SomePart], data: dict[str, Any]) -> SomePart:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        raise RecipeError(_explain(error, kind)) from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -288,7 +288,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set '{override}': value is not YAML ({_one_line(str(error))}); quote it") from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[Part]) -> str:
     # A union reports every branch: first those of the kind that was given, and of those the shortest path with a
     # real complaint, which is the one a person meant.
     def unlikely(e: ErrorDetails) -> tuple[bool, bool, int]:
@@ -300,7 +300,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(parts)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        known = sorted(_fields(first["loc"][:-1]))
+        known = sorted(_fields(kind, first["loc"][:-1]))
         return f"{where}: unknown key; known here: {', '.join(known)}"
     if first["type"] == "missing":
         return f"{where}: missing; this key is required"
@@ -311,8 +311,8 @@ def _explain(error: ValidationError) -> str:
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 
 
-def _fields(location: tuple[int | str, ...]) -> set[str]:
-    model: Any = Recipe
+def _fields(kind: type[Part], location: tuple[int | str, ...]) -> set[str]:
+    model: Any = kind
     for part in location:
         if part == "DatasetText":
             return set(DatasetText.model_fields)
