@@ -31,6 +31,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks.bench_calibration
 	$(BIN)/python -m tests.benchmarks.bench_merging
 	$(BIN)/python -m tests.benchmarks.bench_forward
+	$(BIN)/python -m tests.benchmarks.bench_distillation
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

@@ -66,6 +66,12 @@ def folder(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe = recipe.replace(given, here)
     recipe += "  sequence_length: 16\n  max_windows: 4\ncluster: {local: true}\n"
     (folder / "recipe.yaml").write_text(recipe)
+    (training,) = re.findall(r"^```\n(distillation:\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for given, here in {": 4096": ": 8", ": 1024": ": 16", "{processes: 8, zero_stage: 3}": "{}"}.items():
+        assert training.count(given) == 1
+        training = training.replace(given, here)
+    training += "  validation_sequences: 2\n"
+    (folder / "distill.yaml").write_text(recipe + training)
     for line in INDENTED:
         if line.startswith("moe-compress"):
             run(line, folder)
@@ -73,7 +79,8 @@ def folder(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_commands_below_the_recipe(folder: Path) -> None:
-    assert {path.name for path in folder.glob("mixtral-*")} == {"mixtral-40", "mixtral-60", "mixtral-40.job"}
+    made = {"mixtral-40", "mixtral-60", "mixtral-40.job", "mixtral-40-distilled"}
+    assert {path.name for path in folder.glob("mixtral-*")} == made
     assert len(list(folder.glob("mixtral-40.job/statistics-*"))) == 1  # one calibration serves both
 
 
@@ -86,6 +93,9 @@ def test_the_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("line", TABLE)
 def test_the_table_of_commands(line: str, folder: Path) -> None:
+    if "distill" in line:
+        pytest.importorskip("deepspeed")
+        line = line.replace("RECIPE", "distill.yaml")
     for given, here in PLACEHOLDERS.items():
         line = line.replace(given, here)
     run(line, folder)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ class Engine:
             eps=self.options.eps,
             weight_decay=self.options.weight_decay,
         )
-        self._engine, self._optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        with redirect_stdout(StringIO()):  # it prints how much memory there is
+            self._engine, self._optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.module: Any = self._engine.module
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +62,12 @@ def train_here(run: Run) -> None:
     """
     check_processes(run.task.settings)
     settle(run.threads)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    with tempfile.TemporaryDirectory() as folder:
-        where = f"file://{folder}/rendezvous"
-        distributed.init_process_group("nccl" if run.on_gpu else "gloo", init_method=where, rank=0, world_size=1)
-        try:
-            train(run)
-        finally:
-            distributed.destroy_process_group()
+    if not distributed.is_initialized():  # DeepSpeed knows one group in the life of a process
+        os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it
+        backend = "nccl" if run.on_gpu else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        atexit.register(distributed.destroy_process_group)
+    train(run)
 
 
 def train(run: Run) -> None:

@@ -177,8 +177,8 @@ class Trainer:
         answer: FullTargets | CachedTargets | None = None
         if theirs is not None:
             answer = FullTargets(theirs.logits.flatten(0, 1))
-        elif self.cache is not None:
-            answer = self.cache.targets(index_B[index_B != NOTHING]).to(device)
+        elif self.cache is not None and len(there := index_B[index_B != NOTHING]):
+            answer = self.cache.targets(there).to(device)
         found = token_loss(out.logits.flatten(0, 1), targets_BL.flatten(), answer, loss.ce, loss.kd, loss.temperature)
         total, counts_BL = found.total, targets_BL != IGNORED
         if loss.hidden:
