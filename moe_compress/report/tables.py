@@ -105,11 +105,6 @@ def _interval(estimate: dict[str, float]) -> Text:
     return Text(f"{value:.1f} [{low:.1f}, {high:.1f}]")
 
 
-def has_trained(job_dir: Path, alone: bool = False) -> bool:
-    """Whether a training is finished in a job folder; `alone`, without a job that compresses."""
-    return (job_dir / TRAINING_NAME).is_file() and not (alone and (job_dir / SUMMARY_NAME).is_file())
-
-
 def show_training(job_dir: Path, console: Console) -> None:
     """Prints the table of a finished training.
 
