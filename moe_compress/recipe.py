@@ -154,8 +154,10 @@ class Training(JobRecipe):
 
     @model_validator(mode="after")
     def _has_teacher(self) -> Training:
-        if (self.teacher is None) != (self.distillation.teacher == "none"):
-            raise ValueError("teacher: give the checkpoint to learn from, or set distillation.teacher: none")
+        if self.teacher is None and self.distillation.teacher != "none":
+            raise ValueError("teacher: missing; give the checkpoint to learn from, or set distillation.teacher: none")
+        if self.teacher is not None and self.distillation.teacher == "none":
+            raise ValueError(f"teacher: '{self.teacher}' and distillation.teacher: none; leave one of both out")
         return self
 
 
@@ -306,7 +308,7 @@ def _explain(error: ValidationError, kind: type[Part]) -> str:
         return f"{where}: missing; this key is required"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
-    if first["type"] == "value_error" and isinstance(first["input"], dict) and re.match(r"\w+: ", message):
+    if first["type"] == "value_error" and isinstance(first["input"], dict) and re.match(r"[\w.]+: ", message):
         return f"{where}.{message}".lstrip(".")  # of a part as a whole: it names the key
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 
