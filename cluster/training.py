@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,24 +37,15 @@ def train_on_ray(run: Run) -> None:
         RecipeError: there is no room for so many processes.
         MoECompressError: it cannot go on; snapshots are kept.
     """
-    how, num_gpus = run.task.settings.deepspeed, 0
-    if run.device != "cpu":
-        num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    needs = {"CPU": run.threads} | ({"GPU": 1} if num_gpus else {})
-    processes = how.processes or num_gpus or 1
-    if processes > (room := _room(needs)):
-        kind = f"{run.threads} CPUs" + (" and a GPU" if num_gpus else "")
-        raise RecipeError(
-            f"distillation.deepspeed.processes: {processes} with {kind} each, and the cluster has room for {room};"
-            " lower it, or cluster.threads"
-        )
+    how = run.task.settings.deepspeed
+    processes, needs = find_room(how.processes, run.threads, run.device)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
     with tempfile.TemporaryDirectory() as own, _interruptible():
         trainer = TorchTrainer(
             _train_loop,
             train_loop_config={"run": run},
-            torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo"),
-            scaling_config=ScalingConfig(num_workers=processes, use_gpu=num_gpus > 0, resources_per_worker=needs),
+            torch_config=TorchConfig(backend="nccl" if "GPU" in needs else "gloo"),
+            scaling_config=ScalingConfig(num_workers=processes, use_gpu="GPU" in needs, resources_per_worker=needs),
             run_config=RunConfig(
                 name="training",
                 storage_path=own,
@@ -75,10 +66,27 @@ def train_on_ray(run: Run) -> None:
             ) from error
 
 
-def _room(needs: Mapping[str, int]) -> int:
-    """How many processes fit on the cluster's nodes; none is spread over two."""
+def find_room(processes: int | None, threads: int, device: str) -> tuple[int, dict[str, int]]:
+    """(how many training processes, the resources of each) on the cluster that this process is connected to.
+
+    Args:
+        processes, threads, device: of the recipe.
+
+    Raises:
+        RecipeError: its nodes have no room for so many.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(int(node.get(kind, 0)) // count for kind, count in needs.items()) for node in nodes)
+    num_gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
+    needs = {"CPU": threads} | ({"GPU": 1} if num_gpus else {})
+    processes = processes or num_gpus or 1
+    room = sum(min(int(node.get(kind, 0)) // count for kind, count in needs.items()) for node in nodes)
+    if processes > room:
+        wanted = " and ".join(f"{count} {kind}" for kind, count in needs.items())
+        raise RecipeError(
+            f"distillation.deepspeed.processes: {processes} need {wanted} each, and the cluster has room for {room};"
+            " lower it, or cluster.threads"
+        )
+    return processes, needs
 
 
 def _train_loop(config: dict[str, Any]) -> None:
