@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
@@ -105,7 +106,7 @@ class _Failures(UserCallback):
 
     def __init__(self, run: Run) -> None:
         self._run, self._left = run, run.task.settings.deepspeed.max_failures
-        self._last = ""
+        self._last: dict[int, str] = {}
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Hears of each failure, of some more than once.
@@ -116,17 +117,21 @@ class _Failures(UserCallback):
         for error in worker_exceptions.values():
             if isinstance(error, MoECompressError):
                 raise error
-        reason = _reason(worker_exceptions)
-        if self._left and reason != self._last:
-            self._left, self._last = self._left - 1, reason
+        said = {rank: str(error) for rank, error in worker_exceptions.items()}
+        if self._left and said != self._last:
+            self._left, self._last = self._left - 1, said
             step = read_progress(self._run.task.folder)[1].step
-            append_event(self._run.events, "restart", step=step, reason=reason)
+            append_event(self._run.events, "restart", step=step, reason=_reason(worker_exceptions))
 
 
 def _reason(failures: dict[int, Exception]) -> str:
-    """One line on a process that died, or else raised an error; what others say of it comes after."""
-    rank, error = min(failures.items(), key=lambda item: (isinstance(item[1], RuntimeError), item[0]))
-    return f"process {rank}: {_one_line(error)}"
+    """One line on a process that died, or else raised an error; others merely miss it."""
+    causes = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
+    for rank, cause in causes.items():
+        if isinstance(cause, RayError):
+            return f"process {rank} died ({type(cause).__name__})"
+    rank = min(causes)
+    return f"process {rank}: {_one_line(causes[rank])}"
 
 
 def _one_line(error: Exception) -> str:

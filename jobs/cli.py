@@ -20,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_INTERRUPTED = 130
+"""What typer returns after Ctrl-C; older ones raise Abort."""
+
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, YAML.", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None,
@@ -185,7 +188,8 @@ def main(*command: str) -> None:
     from moe_compress.errors import MoECompressError
 
     try:
-        app(arguments, standalone_mode=False)
+        if app(arguments, standalone_mode=False) == _INTERRUPTED:
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; run the same command again to go on", 1)
     except Exception as error:
