@@ -160,12 +160,17 @@ def materialize(
 
 @app.command()
 def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> None:
-    """Prints what a finished job did."""
+    """Prints what a finished job did, and what a training did that follows it or stands alone."""
     from moe_compress.report.layers import show_layers
-    from moe_compress.report.tables import show_job
+    from moe_compress.report.tables import show_job, show_training
+    from moe_compress.stages.summary import SUMMARY_NAME, TRAINING_NAME
 
-    show_job(job_dir, Console())
-    show_layers(job_dir, Console())
+    has_trained = (job_dir / TRAINING_NAME).is_file()
+    if not has_trained or (job_dir / SUMMARY_NAME).is_file():
+        show_job(job_dir, Console())
+        show_layers(job_dir, Console())
+    if has_trained:
+        show_training(job_dir, Console())
 
 
 def main(*command: str) -> None:

@@ -57,27 +57,34 @@ def run(recipe: Recipe, console: Console) -> None:
     inputs = check(recipe)
     check_output(recipe)
     job = Job(recipe)
-    created = list(takewhile(lambda folder: not folder.exists(), (job.folder, *job.folder.parents)))
+    created = missing_folders(job.folder)
     with job.locked(), PeakMemory() as memory, ExitStack() as stack:
         reporter = Reporter(job, memory=memory)
-        try:
+        with without_trace(created):
             prepared = prepare(job, *inputs)
             executor = stack.enter_context(executor_for(recipe.cluster))
-        except (RecipeError, CheckpointError):
-            _remove(created)
-            raise
         _tell_short(recipe, prepared.calibration_tokens, reporter)
         compress(job, prepared, executor, reporter)
     show_job(recipe.job_path, console)
 
 
-def _remove(created: list[Path]) -> None:
-    """Removes a job folder and those above it that were made with it, innermost first."""
-    for folder in created[:1]:
-        shutil.rmtree(folder)
-    for folder in created[1:]:
-        with suppress(OSError):  # another job has put something there
-            folder.rmdir()
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and those above it that are not there, innermost first."""
+    return list(takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
+
+
+@contextmanager
+def without_trace(created: list[Path]) -> Iterator[None]:
+    """Removes a job folder and those above it that were made with it, innermost first, if its input is refused."""
+    try:
+        yield
+    except (RecipeError, CheckpointError):
+        for folder in created[:1]:
+            shutil.rmtree(folder)
+        for folder in created[1:]:
+            with suppress(OSError):  # another job has put something there
+                folder.rmdir()
+        raise
 
 
 def _tell_short(recipe: Recipe, tokens: Path, reporter: Reporter) -> None:

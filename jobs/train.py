@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 
 from rich.console import Console
 
-from moe_compress.checkpoint.manifest import MANIFEST_NAME
 from moe_compress.distillation.engine import require_deepspeed
 from moe_compress.distillation.fit import Run, train_here
 from moe_compress.job import Job
@@ -15,10 +13,10 @@ from moe_compress.memory import PeakMemory
 from moe_compress.progress import Reporter
 from moe_compress.recipe import Recipe, Training
 from moe_compress.report.tables import show_training
-from moe_compress.stages.prepare import check_output
-from moe_compress.stages.train import prepare_training, train
+from moe_compress.stages.prepare_training import check_training, prepare_training, student_is_there
+from moe_compress.stages.train import train
 
-from .run import executor_for, run
+from .run import executor_for, missing_folders, run, without_trace
 
 
 def distill(recipe: Recipe | None, training: Training, console: Console) -> None:
@@ -30,14 +28,16 @@ def distill(recipe: Recipe | None, training: Training, console: Console) -> None
         console: for the table.
     """
     require_deepspeed()
-    check_output(training)
-    if recipe is not None and not (Path(training.model) / MANIFEST_NAME).exists():
+    check_training(training, recipe)
+    if recipe is not None and not student_is_there(training, recipe):
         run(recipe, console)
     job = Job(training)
+    created = missing_folders(job.folder)
     with job.locked(), PeakMemory() as memory, ExitStack() as stack:
         reporter = Reporter(job, memory=memory)
-        prepared = prepare_training(job, training)
-        executor = stack.enter_context(executor_for(training.cluster))
+        with without_trace(created):
+            prepared = prepare_training(job, training, reporter)
+            executor = stack.enter_context(executor_for(training.cluster))
         train(job, prepared, executor, _on_ray if not training.cluster.local else train_here, reporter)
     show_training(training.job_path, console)
 

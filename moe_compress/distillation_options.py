@@ -158,12 +158,15 @@ class Distillation(TextPairs):
 
     @model_validator(mode="after")
     def _agrees(self) -> Distillation:
-        if (self.text is None) == (self.task is None):
-            raise ValueError("text and task: give one of both, what to train on")
+        if self.text is None and self.task is None:
+            raise ValueError("text: missing; give text, or a task, to train on")
+        if self.text is not None and self.task is not None:
+            raise ValueError("task: stands beside text; leave one of both out")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size: {self.batch_size} is no multiple of micro_batch_size, {self.micro_batch_size}"
+                f"batch_size: {self.batch_size} is no multiple of micro_batch_size, {self.micro_batch_size}; change one"
             )
-        if self.teacher != "live" and (self.loss.hidden or self.loss.router):
-            raise ValueError("loss.hidden and loss.router: need the teacher's own layers; set teacher: live")
+        for name in ("hidden", "router"):
+            if self.teacher != "live" and getattr(self.loss, name):
+                raise ValueError(f"loss.{name}: needs the teacher's own layers; set teacher: live")
         return self

@@ -154,8 +154,10 @@ class Training(JobRecipe):
 
     @model_validator(mode="after")
     def _has_teacher(self) -> Training:
-        if (self.teacher is None) != (self.distillation.teacher == "none"):
-            raise ValueError("teacher: give the checkpoint to learn from, or set distillation.teacher: none")
+        if self.teacher is None and self.distillation.teacher != "none":
+            raise ValueError("teacher: missing; give the checkpoint to learn from, or set distillation.teacher: none")
+        if self.teacher is not None and self.distillation.teacher == "none":
+            raise ValueError(f"teacher: '{self.teacher}' and distillation.teacher: none; leave one of both out")
         return self
 
 
@@ -255,7 +257,7 @@ def parse_recipe(data: dict[str, Any]) -> Recipe:
         # a part whose every line is commented out is null
         return Recipe.model_validate({key: value for key, value in data.items() if value is not None})
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        raise RecipeError(_explain(error, Recipe)) from None
 
 
 def parse_part(kind: type[SomePart], data: dict[str, Any]) -> SomePart:
@@ -267,7 +269,7 @@ def parse_part(kind: type[SomePart], data: dict[str, Any]) -> SomePart:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        raise RecipeError(_explain(error, kind)) from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -288,7 +290,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set '{override}': value is not YAML ({_one_line(str(error))}); quote it") from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[Part]) -> str:
     # A union reports every branch: first those of the kind that was given, and of those the shortest path with a
     # real complaint, which is the one a person meant.
     def unlikely(e: ErrorDetails) -> tuple[bool, bool, int]:
@@ -300,19 +302,19 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(parts)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        known = sorted(_fields(first["loc"][:-1]))
+        known = sorted(_fields(kind, first["loc"][:-1]))
         return f"{where}: unknown key; known here: {', '.join(known)}"
     if first["type"] == "missing":
         return f"{where}: missing; this key is required"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
-    if first["type"] == "value_error" and isinstance(first["input"], dict) and re.match(r"\w+: ", message):
+    if first["type"] == "value_error" and isinstance(first["input"], dict) and re.match(r"[\w.]+: ", message):
         return f"{where}.{message}".lstrip(".")  # of a part as a whole: it names the key
     return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
 
 
-def _fields(location: tuple[int | str, ...]) -> set[str]:
-    model: Any = Recipe
+def _fields(kind: type[Part], location: tuple[int | str, ...]) -> set[str]:
+    model: Any = kind
     for part in location:
         if part == "DatasetText":
             return set(DatasetText.model_fields)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from io import StringIO
@@ -47,8 +48,28 @@ def require_deepspeed() -> None:
             f"distillation: needs DeepSpeed, which does not import ({error}); pip install 'moe-compress[distill]'"
         ) from None
     if not torch.cuda.is_available():
-        # a faster all-reduce among processes of one machine, which takes a minute to compile
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with _silent():  # at this it asks a compiler what it could build
+            # a faster all-reduce among processes of one machine, which takes a minute to compile
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Leaves out what this process and its children print."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    shown = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        for number in (1, 2):
+            os.dup2(nowhere.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, own in zip((1, 2), shown, strict=True):
+            os.dup2(own, number)
+            os.close(own)
 
 
 def deepspeed_config(settings: Distillation, dtype: torch.dtype, accumulation: int, world: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from ..distillation_options import Distillation
 from ..errors import RecipeError
 from ..process import settle
 from .loop import Task, Trainer
@@ -39,6 +40,19 @@ class Run:
         return self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
 
 
+def check_processes(settings: Distillation) -> None:
+    """Refuses more processes than this one.
+
+    Raises:
+        RecipeError: they are asked for.
+    """
+    processes = settings.deepspeed.processes
+    if processes not in (None, 1):
+        raise RecipeError(
+            f"distillation.deepspeed.processes: {processes} need Ray; set cluster.local: false, or leave processes out"
+        )
+
+
 def train_here(run: Run) -> None:
     """One process, without Ray.
 
@@ -46,11 +60,7 @@ def train_here(run: Run) -> None:
         RecipeError: more processes are asked for.
         DistillationError: the loss is not finite.
     """
-    processes = run.task.settings.deepspeed.processes
-    if processes not in (None, 1):
-        raise RecipeError(
-            f"distillation.deepspeed.processes: {processes} need Ray; set cluster.local: false, or leave processes out"
-        )
+    check_processes(run.task.settings)
     settle(run.threads)
     if not distributed.is_initialized():  # DeepSpeed knows one group in the life of a process
         os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -154,6 +154,7 @@ class Trainer:
                 found = all_sum(sums.tolist(), self.engine.device)
                 self._check(found, batch_B)
             self.engine.step(rate)
+        self._check_gradient(batch_B)
         self.progress.step += 1
         figures: dict[str, float] = {}
         if self.pruner is not None:
@@ -191,10 +192,18 @@ class Trainer:
 
     def _check(self, sums: list[float], batch_B: Tensor) -> None:
         if not all(map(isfinite, sums)):
-            raise DistillationError(
-                f"the loss of step {self.progress.step + 1} is {sums[0]}, on sequences {sorted(batch_B.tolist())};"
-                " nothing of that step was taken; lower distillation.optimizer.learning_rate, or look at that text"
-            )
+            self._give_up(f"the loss of step {self.progress.step + 1} is {sums[0]}", batch_B)
+
+    def _check_gradient(self, batch_B: Tensor) -> None:
+        norm = self.engine.gradient_norm
+        if norm is not None and not isfinite(norm):
+            self._give_up(f"the gradient of step {self.progress.step + 1} is {norm}", batch_B)
+
+    def _give_up(self, what: str, sequences: Tensor) -> NoReturn:
+        raise DistillationError(
+            f"{what}, on sequences {sorted(sequences.tolist())}; nothing from that step on is kept; lower"
+            " distillation.optimizer.learning_rate, or look at that text"
+        )
 
     def _tell(self, sums: list[float], tokens: int, rate: float, seconds: float, more: dict[str, float]) -> None:
         if self.rank:
@@ -219,6 +228,8 @@ class Trainer:
             sums += self._loss(index_B)[1]
         tokens = int(self.examples.num_counted[held_out].sum())
         loss, ce, kl = (value / max(tokens, 1) for value in all_sum(sums.tolist(), self.engine.device))
+        if not isfinite(loss):
+            self._give_up(f"the held-out loss after step {self.progress.step} is {loss}", held_out)
         figures = {"step": self.progress.step, "validation_loss": loss, "validation_ce": ce, "validation_kl": kl}
         self.progress.validation.append(figures)
         if self.rank == 0:

@@ -256,13 +256,6 @@ class FactorisedExperts(nn.Module):
         """(T, K) base of each routed pair's expert."""
         return constant(tuple(slot.bases), route.index_TK.device)[route.index_TK]
 
-    def forget_columns(self) -> None:
-        """Takes the sparse columns away, for others that follow."""
-        for slot in self.slots:
-            for name in (f"{slot.name}_s", f"{slot.name}{INDEX_SUFFIX}"):
-                if hasattr(self, name):
-                    delattr(self, name)
-
     def dense_weights(self) -> dict[str, Tensor]:
         """Every slot's experts as whole matrices, (E, M, N) in the slot's order of rows; no column is skipped."""
         weights = {}

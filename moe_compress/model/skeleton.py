@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -30,31 +29,19 @@ from transformers.core_model_loading import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, local_torch_dtype
 from transformers.quantizers.auto import get_hf_quantizer
-from transformers.utils import logging as hf_logging
 
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.shard import TensorEntry
 from ..errors import CheckpointError, CompressionError
 from .architecture import load_config, majority_dtype, model_class_of
 from .discovery import MoELayer, find_moe_layers
-from .levels import level_names, levels_read
+from .levels import level_names, levels_read, piece_position
 from .plugin import guard_of, guard_renaming
+from .quiet import quiet
 from .switch import contract_conversions, put_on_contract
 
 ROOT = ""
 """Owner of every tensor that belongs to no decoder layer: embeddings, final norm, head."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the loading bars of transformers: a layer is loaded hundreds of times in a job."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 class Skeleton:
@@ -108,6 +95,7 @@ class Skeleton:
                 module.config.output_router_logits = False  # a training loss; it needs every layer's logits
         self.layers = dict(_outermost_layers(self.model))
         self._siblings: dict[str, list[str]] = {}
+        self._renamed: set[str] = set()
         self.targets, self.extra = self._map_tensors()
         self._dtype_plan = self.model._get_dtype_plan(self.dtype)
 
@@ -146,6 +134,11 @@ class Skeleton:
         prefix = module_path + "."
         return [source for target, sources in self.targets.items() if target.startswith(prefix) for source in sources]
 
+    def made_together(self, name: str) -> tuple[str, ...]:
+        """All in-memory tensors made of the checkpoint tensors that `name` is made of; `targets` knows the first."""
+        first = next((first for first, others in self._siblings.items() if name in others), name)
+        return first, *self._siblings.get(first, [])
+
     def disk_names(self, layer: MoELayer, parameters: list[str]) -> dict[str, str]:
         """Names on disk that `from_pretrained` will lead to new parameters of an experts module.
 
@@ -181,13 +174,18 @@ class Skeleton:
         """Parameters as the tensors a checkpoint holds: what loading undoes. Views where that is possible.
 
         Args:
-            tensors: by name in memory; experts may be fewer than the model's.
+            tensors: by name in memory, those that are made together with each other; experts may be fewer than the
+                model's.
 
         Returns:
             by name on disk: the names of this checkpoint's own layout, or those in memory, which `from_pretrained`
             takes too, where transformers cannot go back to it.
         """
-        own = {source for name in tensors for source in self.targets[name]}
+        known = {on_disk: tensors[name] for name in tensors if (on_disk := self._own_name(name)) is not None}
+        tensors = {name: tensor for name, tensor in tensors.items() if self._own_name(name) is None}
+        if not tensors:
+            return known
+        own = {source for name in tensors for source in self.targets.get(name, [])}
         conversions = self._mapping(add_legacy=False)
         # text checkpoints of multimodal types come with the prefix of the whole model and without
         for mapping in (conversions, [entry for entry in conversions if not isinstance(entry, PrefixChange)]):
@@ -197,8 +195,13 @@ class Skeleton:
             finally:
                 del self.model._weight_conversions
             if found.keys() <= own:
-                return found
-        return tensors
+                return known | found
+        return known | tensors
+
+    def _own_name(self, name: str) -> str | None:
+        """The name on disk of a parameter that lies there as it is, or in pieces, of which that is the first."""
+        first = [source for source in self.targets.get(name, []) if not piece_position(source)]
+        return first[0] if name in self._renamed or len(first) < len(self.targets.get(name, [])) else None
 
     def _mapping(self, add_legacy: bool = True) -> list[WeightTransform]:
         mapping = get_model_conversion_mapping(self.model, None, self.quantizer, add_legacy)
@@ -229,6 +232,7 @@ class Skeleton:
             targets[target].append(source)
             entry = self.reader.entries.get(source)  # none where only config and index are there, to plan
             if pattern is None:
+                self._renamed.add(target)
                 if entry is not None:
                     self._check_shape(entry, tuple(state[target].shape), "config.json calls for")
                 continue
@@ -349,7 +353,9 @@ class Skeleton:
                 self._load_group(group)
 
     def _load_group(self, names: list[str], some: dict[str, TensorEntry] | None = None) -> None:
-        sources = some or {s: self.reader.entries[s] for name in names for s in self.targets[name]}
+        sources = some or {
+            s: self.reader.entries[s] for name in names for s in self.targets[self.made_together(name)[0]]
+        }
         settings = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self._dtype_plan,
@@ -357,7 +363,7 @@ class Skeleton:
             hf_quantizer=self.quantizer,
             weight_mapping=self._mapping(),
         )
-        with _quiet():
+        with quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, sources, settings)
         problems = [
             *(f"{k}: {e}" for k, e in info.conversion_errors.items()),

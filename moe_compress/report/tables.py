@@ -20,6 +20,8 @@ from ..model.skeleton import Skeleton
 from ..model.slots import DENSE
 from ..stages.summary import SUMMARY_NAME, TRAINING_NAME
 
+_TRAINING_COLUMNS = ("teacher", "before", "after")
+
 
 def bytes_for_people(count: float) -> str:
     """Bytes for people, in powers of ten."""
@@ -35,19 +37,23 @@ def show_job(job_dir: Path, console: Console) -> None:
     Raises:
         RecipeError: the folder holds no finished job.
     """
-    path = job_dir / SUMMARY_NAME
-    if not path.is_file():
-        raise RecipeError(f"job_dir: {job_dir} holds no finished job; run moe-compress compress first")
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise RecipeError(f"job_dir: {path} is not JSON ({error}); run moe-compress compress again") from error
+    summary = _read_summary(job_dir / SUMMARY_NAME, "compress")
     console.print(_quality_table(summary))
     if summary.get("levels"):
         console.print(_level_table(summary["levels"], (summary["scores"] or {}).get("levels", {})))
     if (summary["scores"] or {}).get("tasks"):
         console.print(_task_table(summary["scores"]["tasks"]))
     console.print(_stage_table(summary["stages"]))
+
+
+def _read_summary(path: Path, command: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"job_dir: {path.parent} holds no finished job; run moe-compress {command} first")
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise RecipeError(f"job_dir: {path} is not JSON ({error}); run moe-compress {command} again") from error
+    return summary
 
 
 def _quality_table(summary: dict[str, Any]) -> Table:
@@ -74,16 +80,24 @@ def _quality_table(summary: dict[str, Any]) -> Table:
 
 def _task_table(tasks: dict[str, dict[str, Any]]) -> Table:
     """A row a metric of each task."""
-    table = Table(title="tasks, % [95 % confidence interval]")
-    for column in ("", "examples", "original", "compressed", "change"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    table = _task_columns("original", "compressed", "change")
     for task, score in tasks.items():
         for metric, found in score["metrics"].items():
             given = score["original_metrics"][metric]
             change = f"{100 * (found['value'] - given['value']):+.1f}"
-            name = Text(f"{task} {metric.replace('_', ' ')}")
-            table.add_row(name, f"{score['num_examples']:,}", _interval(given), _interval(found), change)
+            table.add_row(*_task_name(task, metric, score), _interval(given), _interval(found), change)
     return table
+
+
+def _task_columns(*columns: str) -> Table:
+    table = Table(title="tasks, % [95 % confidence interval]")
+    for column in ("", "examples", *columns):
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    return table
+
+
+def _task_name(task: str, metric: str, score: dict[str, Any]) -> tuple[Text, str]:
+    return Text(f"{task} {metric.replace('_', ' ')}"), f"{score['num_examples']:,}"
 
 
 def _interval(estimate: dict[str, float]) -> Text:
@@ -92,10 +106,14 @@ def _interval(estimate: dict[str, float]) -> Text:
 
 
 def show_training(job_dir: Path, console: Console) -> None:
-    """Prints the table of a finished training."""
-    summary = json.loads((job_dir / TRAINING_NAME).read_text())
+    """Prints the table of a finished training.
+
+    Raises:
+        RecipeError: the folder holds none.
+    """
+    summary = _read_summary(job_dir / TRAINING_NAME, "distill")
     table = Table(title=Text(f"{summary['student']} -> {summary['output']}"))
-    for column in ("", "teacher", "before", "after"):
+    for column in ("", *_TRAINING_COLUMNS):
         table.add_column(column, justify="left" if not column else "right")
     scores = summary["scores"]
     if scores:
@@ -111,9 +129,21 @@ def show_training(job_dir: Path, console: Console) -> None:
     best = summary["best_step"]
     table.add_row(f"held-out loss, best at step {best}", "", f"{losses[0]:.4f}", f"{losses[best]:.4f}")
     console.print(table)
+    if summary["tasks"]:
+        console.print(_trained_task_table(summary["tasks"]))
     if summary["returned"] is not None:
         console.print(f"{summary['returned']:.1%} of the lost perplexity came back", highlight=False)
     console.print(_stage_table(summary["stages"]))
+
+
+def _trained_task_table(tasks: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """A row a metric of each task; `tasks` are by checkpoint."""
+    table = _task_columns(*_TRAINING_COLUMNS)
+    for task, score in tasks["after"].items():
+        for metric in score["metrics"]:
+            cells = [_interval(tasks[c][task]["metrics"][metric]) if c in tasks else "" for c in _TRAINING_COLUMNS]
+            table.add_row(*_task_name(task, metric, score), *cells)
+    return table
 
 
 def _level_table(levels: dict[str, dict[str, Any]], scores: dict[str, dict[str, float]]) -> Table:

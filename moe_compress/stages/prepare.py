@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..checkpoint.manifest import MANIFEST_NAME, Manifest
 from ..checkpoint.reader import CheckpointReader, content_digest, resolve_checkpoint
@@ -19,7 +20,7 @@ from ..methods.limits import check_ratio
 from ..model.discovery import MoELayer
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton
-from ..recipe import Cluster, JobRecipe, Recipe
+from ..recipe import Cluster, Evaluation, JobRecipe, Recipe, Training
 from .tasks import check_tasks
 from .tokens import calibration_tokens, check_texts, check_vocabulary, evaluation_tokens, load_tokenizer
 
@@ -58,19 +59,28 @@ def check(recipe: Recipe) -> tuple[CheckpointReader, Skeleton, list[MoELayer]]:
     Raises:
         RecipeError, CheckpointError: one line each.
     """
-    _check_device(recipe.cluster)
+    check_device(recipe.cluster)
     reader = CheckpointReader(resolve_checkpoint(recipe.model).absolute())  # workers may be at home elsewhere
     skeleton, layers = open_original(recipe, reader)
-    _check_kind(recipe, skeleton)
-    check_texts(recipe, skeleton.model.config.is_encoder_decoder)
+    config = skeleton.model.config
+    check_kind(recipe.evaluation, config, reader.folder)
+    parts = {"calibration.text": recipe.calibration, "evaluation.text": recipe.evaluation}
+    check_texts(parts, config.is_encoder_decoder)
     check_tasks(recipe.evaluation)
     load_tokenizer(reader.folder)
     return reader, skeleton, layers
 
 
-def _check_kind(recipe: Recipe, skeleton: Skeleton) -> None:
-    """What only an encoder-decoder model can be asked for, and what it must tell."""
-    config, settings = skeleton.model.config, recipe.evaluation
+def check_kind(settings: Evaluation | None, config: PreTrainedConfig, folder: Path) -> None:
+    """What only an encoder-decoder model can be asked for, and what it must tell.
+
+    Args:
+        settings: what is asked.
+        config, folder: of the model.
+
+    Raises:
+        RecipeError, CheckpointError: one line each.
+    """
     if not config.is_encoder_decoder:
         if settings is not None and settings.generate:
             raise RecipeError(
@@ -79,8 +89,8 @@ def _check_kind(recipe: Recipe, skeleton: Skeleton) -> None:
             )
     elif config.decoder_start_token_id is None or config.pad_token_id is None:
         raise CheckpointError(
-            f"{skeleton.reader.folder}: config.json has no decoder_start_token_id or no pad_token_id, by which targets"
-            " become the decoder's input; add them"
+            f"{folder}: config.json has no decoder_start_token_id or no pad_token_id, by which targets become the"
+            " decoder's input; add them"
         )
 
 
@@ -131,9 +141,9 @@ def check_output(recipe: JobRecipe) -> None:
         CheckpointError: a compressed checkpoint stands there whose manifest cannot be read.
     """
     output, job_dir = recipe.output_path, recipe.job_path
-    model = Path(recipe.model).expanduser().resolve()
+    models = [recipe.model, *([recipe.teacher] if isinstance(recipe, Training) and recipe.teacher else [])]
     for field, folder in (("output", output), ("job_dir", job_dir)):
-        if folder.resolve().is_relative_to(model):
+        if any(folder.resolve().is_relative_to(Path(model).expanduser().resolve()) for model in models):
             raise RecipeError(f"{field}: {folder} lies in the model's own folder; choose another folder")
     if job_dir.resolve().is_relative_to(output.resolve()):
         raise RecipeError(f"job_dir: {job_dir} lies in the output, {output}; choose a folder outside of it")
@@ -154,8 +164,12 @@ def _check_writable(field: str, folder: Path) -> None:
         raise RecipeError(f"{field}: {folder} is not a folder that can be written; choose another folder")
 
 
-def _check_device(settings: Cluster) -> None:
-    """A device of this machine must be there; what nodes of another cluster have, only they know."""
+def check_device(settings: Cluster) -> None:
+    """A device of this machine must be there; what nodes of another cluster have, only they know.
+
+    Raises:
+        RecipeError: it is not.
+    """
     if settings.device == "auto":
         return
     try:

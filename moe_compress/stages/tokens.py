@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,28 @@ from ..calibration.text import (
 )
 from ..checkpoint.reader import CheckpointReader
 from ..distillation.examples import Examples
+from ..distillation.task_examples import task_examples
 from ..distillation_options import Distillation
 from ..errors import CheckpointError, RecipeError
+from ..evaluation.tasks.reading import rows_of
 from ..job import digest_of
 from ..model.architecture import load_config
-from ..recipe import Calibration, Evaluation, Recipe
-from ..recipe_fields import DatasetText, Text, TextPairs
+from ..progress import Reporter
+from ..recipe import Calibration, Evaluation
+from ..recipe_fields import DatasetText, TaskSource, Text, TextPairs
 
 
-def check_texts(recipe: Recipe, of_pairs: bool) -> None:
+def check_texts(parts: Mapping[str, Calibration | Evaluation | Distillation | None], of_pairs: bool) -> None:
     """Refuses text that cannot be read, as far as that shows without reading it.
 
     Args:
-        recipe: the job.
+        parts: what holds a text, by the text's field.
         of_pairs: the model is an encoder-decoder one.
 
     Raises:
         RecipeError: names the field and the file.
     """
-    for field, part in (("calibration.text", recipe.calibration), ("evaluation.text", recipe.evaluation)):
+    for field, part in parts.items():
         if part is None or not isinstance(part.text, list):
             continue
         with naming(field):
@@ -100,16 +103,23 @@ def evaluation_tokens(settings: Evaluation, checkpoint: Path, folder: Path) -> P
     return _cached("evaluation", text, shape, checkpoint, folder, make)
 
 
-def training_tokens(settings: Distillation, checkpoint: Path, folder: Path) -> Path:
+def training_tokens(settings: Distillation, checkpoint: Path, folder: Path, reporter: Reporter) -> Path:
     """File of the sequences to train on, those held out first, named by what it was made from.
+
+    Args:
+        settings: the text or the task.
+        checkpoint: its tokenizer is used.
+        folder: of the file.
+        reporter: told of examples that did not fit whole.
 
     Raises:
         RecipeError: the text cannot be read, or fills no sequence.
     """
+    shape = (settings.num_sequences + settings.validation_sequences, settings.sequence_length, settings.seed)
+    if settings.task is not None:
+        return _task_tokens(settings.task, shape, checkpoint, folder, reporter)
     text = settings.text
     assert text is not None
-    count = settings.num_sequences + settings.validation_sequences
-    shape = (count, settings.sequence_length, settings.seed)
     packed: Path
     if reads_pairs(checkpoint):
         packed = _cached_pairs("distillation", settings, text, shape, checkpoint, folder, calibration_pairs)
@@ -123,6 +133,27 @@ def training_tokens(settings: Distillation, checkpoint: Path, folder: Path) -> P
     target = folder / f"{packed.stem}-examples.safetensors"
     if not target.exists():
         Examples.of_text(TokenBatch.load(packed)).save(target)
+    return target
+
+
+def _task_tokens(
+    task: TaskSource, shape: tuple[int, int, int], checkpoint: Path, folder: Path, reporter: Reporter
+) -> Path:
+    """File of a task's examples; `shape` is how many, their length, and the seed."""
+    count, length, seed = shape
+    of_pairs = reads_pairs(checkpoint)
+    with naming("distillation.task"):
+        rows = text_identity(rows_of(task, "train"))
+        made_from = digest_of("distillation.task", task.name, rows, tokenizer_digest(checkpoint), shape, of_pairs)
+        target = folder / f"{made_from}-examples.safetensors"
+        if not target.exists():
+            examples, num_cut = task_examples(task, load_tokenizer(checkpoint), length, count, seed, of_pairs)
+            examples.save(target)
+            if num_cut:
+                reporter.say(
+                    f"distillation.sequence_length: {num_cut} of {len(examples.input_ids)} examples lost the front of"
+                    f" their context to fit into {length} tokens"
+                )
     return target
 
 

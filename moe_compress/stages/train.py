@@ -1,4 +1,4 @@
-"""Distillation as stages: prepare, teach, train, assemble, evaluate."""
+"""Distillation as stages, once it is prepared: teach, train, assemble, evaluate."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..checkpoint.manifest import MANIFEST_NAME, Manifest
-from ..checkpoint.reader import CheckpointReader, content_digest, resolve_checkpoint
 from ..checkpoint.writer import atomic_write
 from ..distillation.examples import Examples
 from ..distillation.fit import Run
@@ -19,122 +15,21 @@ from ..distillation.loop import RESULT_NAME, Task
 from ..distillation.records import EventsTail
 from ..distillation.student import choose_dtype
 from ..distillation.teacher import TeacherSetup
-from ..errors import CheckpointError, RecipeError
 from ..evaluation.agreement import Scores
 from ..executor import Executor
 from ..job import Job
-from ..model.architecture import load_config
-from ..model.discovery import find_moe_layers
-from ..model.skeleton import Skeleton
 from ..progress import Reporter
-from ..recipe import Training
 from .evaluate import scored
+from .prepare_training import TEACHER, PreparedTraining
 from .publish_trained import publish_trained
 from .summary import TRAINING_NAME
+from .tasks import TaskScores, scored_tasks
 from .teach import teach
-from .tokens import check_vocabulary, evaluation_tokens, training_tokens
 
 Fit = Callable[[Run], None]
 """Runs a training wherever it is to run."""
 
 _POLL_S = 0.5
-
-
-@dataclass(frozen=True)
-class PreparedTraining:
-    """What the stages know once every input has been checked.
-
-    Attributes:
-        recipe: the job.
-        student, teacher: folders; None where there is no teacher.
-        student_digest, teacher_digest: of their content.
-        examples: file of all sequences.
-        evaluation_tokens: file of the evaluation windows; None where nothing is evaluated.
-        folder: of this training's snapshots and outcome.
-        original_parameters: of all routed experts before compression.
-    """
-
-    recipe: Training
-    student: Path
-    teacher: Path | None
-    student_digest: str
-    teacher_digest: str | None
-    examples: Path
-    evaluation_tokens: Path | None
-    folder: Path
-    original_parameters: int
-
-    def provenance(self) -> dict[str, Any]:
-        """What decides the trained weights, without a path of this machine."""
-        settings = self.recipe.distillation
-        where = {"output", "text", "deepspeed", "micro_batch_size", "checkpoint_every"}
-        return {
-            **settings.model_dump(mode="json", exclude=where),
-            "examples": self.examples.stem,
-            "student_digest": self.student_digest,
-            "teacher_digest": self.teacher_digest,
-            "threads": self.recipe.cluster.threads,
-        }
-
-
-def prepare_training(job: Job, recipe: Training) -> PreparedTraining:
-    """Checks the inputs, makes the sequences, takes the digests.
-
-    Raises:
-        RecipeError, CheckpointError: one line each.
-    """
-    settings = recipe.distillation
-    student = resolve_checkpoint(recipe.model).absolute()
-    teacher = None if recipe.teacher is None else resolve_checkpoint(recipe.teacher).absolute()
-    readers = [CheckpointReader(folder) for folder in (student, teacher) if folder is not None]
-    sizes = {reader.folder: load_config(reader).get_text_config().vocab_size for reader in readers}
-    if len(set(sizes.values())) > 1:
-        raise RecipeError(
-            f"teacher: its vocabulary has {sizes[readers[1].folder]} tokens and that of {recipe.model} has"
-            f" {sizes[student]}; give the checkpoint it was made from"
-        )
-    tokens = job.folder / "tokens"
-    tokens.mkdir(exist_ok=True)
-    examples = training_tokens(settings, student, tokens)
-    windows = None if recipe.evaluation is None else evaluation_tokens(recipe.evaluation, student, tokens)
-    check_vocabulary(student, sizes[student], *(file for file in (windows,) if file is not None))
-    _check_examples(settings.validation_sequences, Examples.load(examples), sizes[student])
-    digests = [content_digest(reader, job.folder / f"source-{i}.json") for i, reader in enumerate(readers)]
-    prepared = PreparedTraining(
-        recipe=recipe,
-        student=student,
-        teacher=teacher,
-        student_digest=digests[0],
-        teacher_digest=digests[1] if teacher is not None else None,
-        examples=examples,
-        evaluation_tokens=windows,
-        folder=Path(),
-        original_parameters=_original_parameters(readers[0]),
-    )
-    folder = job.place("training", prepared.provenance())
-    return PreparedTraining(**(vars(prepared) | {"folder": folder}))
-
-
-def _check_examples(held_out: int, examples: Examples, vocabulary: int) -> None:
-    found = len(examples.input_ids)
-    if found <= held_out:
-        raise RecipeError(
-            f"distillation.validation_sequences: {held_out} of {found} sequences leave none to train on; lower it, or"
-            " give more text"
-        )
-    largest = max(int(examples.input_ids.max()), int(examples.targets.max()))
-    if largest >= vocabulary:
-        raise CheckpointError(
-            f"the tokenizer gives id {largest} and the model has {vocabulary} embeddings; the tokenizer is another"
-            " model's"
-        )
-
-
-def _original_parameters(student: CheckpointReader) -> int:
-    """Of all routed experts before compression."""
-    if (student.folder / MANIFEST_NAME).exists():
-        return Manifest.load(student.folder).parameters["experts_original"]
-    return sum(layer.num_parameters for layer in find_moe_layers(Skeleton(student).model))
 
 
 def train(job: Job, prepared: PreparedTraining, executor: Executor, fit: Fit, reporter: Reporter) -> None:
@@ -183,12 +78,14 @@ def train(job: Job, prepared: PreparedTraining, executor: Executor, fit: Fit, re
     outcome = json.loads((prepared.folder / RESULT_NAME).read_text())
     publish_trained(prepared.student, prepared.folder, recipe.output_path, prepared.provenance(), outcome, reporter)
     scores = _scores(job, prepared, executor, reporter)
+    tasks = _task_scores(job, prepared, executor, reporter)
     summary = {
         "student": recipe.model,
         "teacher": recipe.teacher,
         "output": recipe.output,
         **outcome,
         "scores": {name: found.to_dict() for name, found in scores.items()},
+        "tasks": tasks,
         "returned": returned(scores),
         "stages": reporter.stages,
     }
@@ -229,15 +126,25 @@ def _following(events: Path, prepared: PreparedTraining, reporter: Reporter) -> 
 
 
 def _scores(job: Job, prepared: PreparedTraining, executor: Executor, reporter: Reporter) -> dict[str, Scores]:
-    """Of the student before and after, beside the teacher if there is one."""
+    """Of the student before and after, beside the teacher if there is one; nothing without a text."""
     settings, tokens = prepared.recipe.evaluation, prepared.evaluation_tokens
     if settings is None or tokens is None:
         return {}
-    output = prepared.recipe.output_path
-    of = {"before": (prepared.student, prepared.student_digest), "after": (output, Manifest.load(output).text())}
     return {
         name: scored(job, folder, identity, prepared.teacher, settings, tokens, executor, reporter)
-        for name, (folder, identity) in of.items()
+        for name, (folder, identity) in prepared.checkpoints().items()
+        if name != TEACHER
+    }
+
+
+def _task_scores(job: Job, prepared: PreparedTraining, executor: Executor, reporter: Reporter) -> dict[str, TaskScores]:
+    """Of the student before and after, and of the teacher if there is one, on each task; nothing without tasks."""
+    settings = prepared.recipe.evaluation
+    if settings is None or not settings.tasks:
+        return {}
+    return {
+        name: scored_tasks(job, folder, identity, settings, executor, reporter, whose=f", {name}")
+        for name, (folder, identity) in prepared.checkpoints().items()
     }
 
 
