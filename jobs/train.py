@@ -7,14 +7,15 @@ from contextlib import ExitStack
 from rich.console import Console
 
 from moe_compress.distillation.engine import require_deepspeed
-from moe_compress.distillation.fit import Run, train_here
+from moe_compress.distillation.fit import train_here
+from moe_compress.errors import RecipeError
 from moe_compress.job import Job
 from moe_compress.memory import PeakMemory
 from moe_compress.progress import Reporter
 from moe_compress.recipe import Recipe, Training
 from moe_compress.report.tables import show_training
 from moe_compress.stages.prepare_training import check_training, prepare_training, student_is_there
-from moe_compress.stages.train import train
+from moe_compress.stages.train import Fit, train
 
 from .run import executor_for, missing_folders, run, without_trace
 
@@ -38,11 +39,23 @@ def distill(recipe: Recipe | None, training: Training, console: Console) -> None
         with without_trace(created):
             prepared = prepare_training(job, training, reporter)
             executor = stack.enter_context(executor_for(training.cluster))
-        train(job, prepared, executor, _on_ray if not training.cluster.local else train_here, reporter)
+            fit = train_here if training.cluster.local else _on_ray(training)
+        train(job, prepared, executor, fit, reporter)
     show_training(training.job_path, console)
 
 
-def _on_ray(how: Run) -> None:
-    from cluster.training import train_on_ray
+def _on_ray(training: Training) -> Fit:
+    """Trains on the cluster that this process is connected to.
 
-    train_on_ray(how)
+    Raises:
+        RecipeError: Ray Train is missing, or room for the processes.
+    """
+    try:
+        from cluster.training import find_room, train_on_ray
+    except ImportError as error:
+        raise RecipeError(
+            f"distillation: needs Ray Train, which does not import ({error}); pip install 'moe-compress[distill]', or"
+            " set cluster.local: true"
+        ) from None
+    find_room(training.distillation.deepspeed.processes, training.cluster.threads, training.cluster.device)
+    return train_on_ray

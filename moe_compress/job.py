@@ -14,13 +14,12 @@ import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.writer import atomic_write
+from .checkpoint.writer import append_event, atomic_write
 from .errors import MoECompressError, RecipeError
 from .recipe import JobRecipe
 
@@ -96,6 +95,4 @@ class Job:
 
     def event(self, name: str, **fields: Any) -> None:
         """Appends one line to events.jsonl."""
-        record = {"time_s": round(time.time(), 3), "event": name, **fields}
-        with open(self.folder / "events.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_event(self.folder / "events.jsonl", name, **fields)

@@ -27,6 +27,7 @@ class Stage:
         self.tokens = 0.0
         self.note = ""
         self.started = self._shown = time.monotonic()
+        self._base: tuple[int, float] | None = (0, self.started)
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -45,17 +46,30 @@ class Stage:
         """Since the stage began."""
         return time.monotonic() - self.started
 
+    def begin_at(self, done: int) -> None:
+        """Goes on from a step, back or forth; how long the rest takes is told by the steps after the next one."""
+        self.done, self._base = done, None
+        if self._bar is not None:
+            self._bar.reset(self._task, total=self.total, completed=done, speed="")
+
     def advance(self, steps: int = 1, tokens: float = 0, note: str = "") -> None:
         """Counts finished steps, and the tokens they went through; the note stands in the line until the next."""
         self.done += steps
+        self._base = self._base or (self.done, time.monotonic())
         self.note = note or self.note
         self.tokens += tokens
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, speed=self._speed())
         elif time.monotonic() - self._shown > _PLAIN_INTERVAL_S:
             self._shown = time.monotonic()
-            left_s = self.seconds / max(self.done, 1) * (self.total - self.done)
-            self.console.print(f"{self.name} {self.done}/{self.total} {self._speed()} {left_s:.0f} s left")
+            self.console.print(f"{self.name} {self.done}/{self.total} {self._speed()}{self._left()}")
+
+    def _left(self) -> str:
+        first, since = self._base or (self.done, 0.0)
+        if self.done == first:
+            return ""
+        left_s = (time.monotonic() - since) / (self.done - first) * (self.total - self.done)
+        return f" {left_s:.0f} s left"
 
     def _speed(self) -> str:
         speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""

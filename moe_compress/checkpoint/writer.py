@@ -12,12 +12,13 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 import torch
@@ -68,6 +69,12 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     raw = data.encode() if isinstance(data, str) else data
     with _replacing(path, len(raw)) as file:
         file.write(raw)
+
+
+def append_event(events: Path, name: str, **fields: Any) -> None:
+    """Appends one line to a file of events."""
+    with open(events, "a") as file:
+        file.write(json.dumps({"time_s": round(time.time(), 3), "event": name, **fields}) + "\n")
 
 
 def write_shard(

@@ -6,6 +6,7 @@ import atexit
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -15,6 +16,7 @@ from ..errors import RecipeError
 from ..process import settle
 from .loop import Task, Trainer
 from .records import StepRecords
+from .snapshots import Claim
 
 
 @dataclass(frozen=True)
@@ -72,4 +74,17 @@ def train_here(run: Run) -> None:
 
 def train(run: Run) -> None:
     """This process's part, once torch.distributed is up."""
-    Trainer(run.task, StepRecords(run.events, run.board)).run()
+    if distributed.get_rank():
+        Trainer(run.task, _nothing).run()
+        return
+    claim, records = Claim(run.task.folder), StepRecords(run.events, run.board)
+
+    def tell(figures: dict[str, Any]) -> None:
+        claim.check()
+        records(figures)
+
+    Trainer(run.task, tell).run()
+
+
+def _nothing(figures: dict[str, Any]) -> None:
+    pass

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ..checkpoint.writer import append_event
 
 
 class StepRecords:
@@ -29,8 +30,7 @@ class StepRecords:
     def __call__(self, figures: dict[str, Any]) -> None:
         """Records the figures of one step, `step` among them."""
         kind = "validation" if "validation_loss" in figures else "step"
-        with open(self._events, "a") as file:
-            file.write(json.dumps({"time_s": round(time.time(), 3), "event": kind, **figures}) + "\n")
+        append_event(self._events, kind, **figures)
         if self._board is not None:
             for name, value in figures.items():
                 if name != "step":

@@ -7,6 +7,7 @@ appears under its name when all of them are on disk. It loads on any number of p
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 
 from ..checkpoint.writer import atomic_write, write_shard
+from ..errors import DistillationError
 from .engine import MASTER, MOMENTS, Engine
 from .sparsity import ColumnPruner
 
@@ -25,6 +27,7 @@ LAYERS_NAME = "layers.json"
 """The layers' specifications that belong to the best weights, where pruning changed them; else null."""
 
 _POINTER = "latest.json"
+_CLAIM = "claim"
 _EXTRA = "extra.safetensors"
 _PART_BYTES = 2**30
 
@@ -45,6 +48,27 @@ class Progress:
     best_step: int = 0
     seconds: float = 0.0
     validation: list[dict[str, float]] = field(default_factory=list)
+
+
+class Claim:
+    """Says that the processes of this run alone write into a training's folder.
+
+    Processes may live on for a while when their driver was killed, or where their node was given up for lost. Others
+    begin in the meantime; then they must write nothing more.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._token = folder / _CLAIM, secrets.token_hex(8)
+        atomic_write(self._path, self._token)
+
+    def check(self) -> None:
+        """To be called before anything is written.
+
+        Raises:
+            DistillationError: others have begun.
+        """
+        if self._path.read_text() != self._token:
+            raise DistillationError(f"{self._path.parent}: another run goes on with this training; wait for it")
 
 
 def save_snapshot(folder: Path, engine: Engine, progress: Progress, extra: dict[str, Tensor]) -> None:
@@ -141,7 +165,8 @@ def remove_snapshots(folder: Path) -> None:
     """What a finished training needs no more."""
     for snapshot in folder.glob("step-*"):
         shutil.rmtree(snapshot, ignore_errors=True)
-    (folder / _POINTER).unlink(missing_ok=True)
+    for name in (_POINTER, _CLAIM):
+        (folder / name).unlink(missing_ok=True)
 
 
 def all_sum(values: list[float], device: torch.device) -> list[float]:

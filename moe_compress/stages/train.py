@@ -13,6 +13,7 @@ from ..distillation.examples import Examples
 from ..distillation.fit import Run
 from ..distillation.loop import RESULT_NAME, Task
 from ..distillation.records import EventsTail
+from ..distillation.snapshots import read_progress
 from ..distillation.student import choose_dtype
 from ..distillation.teacher import TeacherSetup
 from ..evaluation.agreement import Scores
@@ -100,6 +101,7 @@ def _following(events: Path, prepared: PreparedTraining, reporter: Reporter) -> 
     sequences = len(Examples.load(prepared.examples).input_ids) - settings.validation_sequences
     total = settings.epochs * -(-sequences // settings.batch_size)
     with reporter.stage("train", min(total, settings.max_steps or total)) as stage:
+        stage.begin_at(read_progress(prepared.folder)[1].step)
 
         def show() -> None:
             for figures in tail.read():
@@ -108,6 +110,9 @@ def _following(events: Path, prepared: PreparedTraining, reporter: Reporter) -> 
                     if "memory_bytes" in figures:
                         note += f", {figures['memory_bytes'] / 1e9:.1f} GB"
                     stage.advance(figures["step"] - stage.done, figures["tokens"], note)
+                elif figures["event"] == "restart":
+                    stage.begin_at(figures["step"])
+                    reporter.say(f"{figures['reason']}; all processes go on from step {figures['step']}")
                 elif figures["event"] == "validation":
                     reporter.say(f"step {figures['step']}: held-out loss {figures['validation_loss']:.4f}")
 
