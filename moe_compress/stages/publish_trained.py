@@ -168,7 +168,7 @@ class _TrainedTensors:
 
     def _is_same(self, name: str, other: str) -> bool:
         """Whether two tensors were the same before the training: else the checkpoint did not tie them."""
-        before = [self._entries[self._skeleton.targets[each][0]].read() for each in (name, other)]
+        before = [self._entries[self._skeleton.targets[each][0]].read().float() for each in (name, other)]
         return torch.equal(*before)
 
     def of_shard(self, path: Path) -> dict[str, Tensor | TensorEntry]:
