@@ -16,14 +16,15 @@ class Loss(Part):
     """What is minimised: ce CE + kd T^2 KL(teacher_T || student_T), averaged over the tokens that count, and more.
 
     Attributes:
-        ce: weight of the cross-entropy with the text.
+        ce: weight of the cross-entropy with the text; None for 0 where a teacher answers on a text, whose errors are
+            not to be learned instead, and for 1 on a task or without a teacher.
         kd: weight of the divergence from the teacher (lambda in the paper, where it is 0.2).
         temperature: T.
         hidden: weight of the squared distance of the layers' outputs, relative to the teacher's; live teacher only.
         router: weight of the divergence of the routers' choices where both have as many experts; live teacher only.
     """
 
-    ce: float = Field(1.0, ge=0)
+    ce: float | None = Field(None, ge=0)
     kd: float = Field(1.0, ge=0)
     temperature: float = Field(1.0, gt=0)
     hidden: float = Field(0.0, ge=0)
@@ -55,14 +56,14 @@ class Optimizer(Part):
     """AdamW and its schedule.
 
     Attributes:
-        learning_rate: the highest.
+        learning_rate: the highest; None for 0.003 where routers train alone, else 0.0003.
         schedule: how it falls after the warm-up, to `final` of the highest.
         warmup: fraction of the steps in which it rises.
         weight_decay, beta1, beta2, eps: of AdamW.
         clip: norm that the gradient is clipped to; 0 for none.
     """
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float | None = Field(None, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final: float = Field(0.1, ge=0, le=1)
     warmup: float = Field(0.05, ge=0, le=1)
@@ -142,6 +143,18 @@ class Distillation(TextPairs):
     @classmethod
     def _named_task(cls, value: Any) -> Any:
         return as_task(value)
+
+    @property
+    def ce(self) -> float:
+        """Weight of the cross-entropy."""
+        if self.loss.ce is not None:
+            return self.loss.ce
+        return 0.0 if self.task is None and self.teacher != "none" else 1.0
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest."""
+        return self.optimizer.learning_rate or (3e-3 if self.train == "routers" else 3e-4)
 
     @model_validator(mode="after")
     def _agrees(self) -> Distillation:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..distillation_options import Distillation, Optimizer
+from ..distillation_options import Distillation
 from ..errors import RecipeError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -276,13 +276,14 @@ def _own_part(parameter: Any, value: Tensor) -> Tensor:
     return flat[rank * size : (rank + 1) * size]
 
 
-def learning_rate(options: Optimizer, step: int, num_steps: int) -> float:
+def learning_rate(settings: Distillation, step: int, num_steps: int) -> float:
     """Of a step, the first being 0: a linear rise over the warm-up, then the schedule's fall."""
+    options, highest = settings.optimizer, settings.learning_rate
     warmup = math.ceil(options.warmup * num_steps)
     if step < warmup:
-        return options.learning_rate * (step + 1) / warmup
+        return highest * (step + 1) / warmup
     if options.schedule == "constant":
-        return options.learning_rate
+        return highest
     done = (step - warmup) / max(1, num_steps - warmup - 1)
     left = (1 + math.cos(math.pi * done)) / 2 if options.schedule == "cosine" else 1 - done
-    return options.learning_rate * (options.final + (1 - options.final) * left)
+    return highest * (options.final + (1 - options.final) * left)

@@ -140,7 +140,7 @@ class Trainer:
         batch_B = self.order.batch(step) + self.settings.validation_sequences
         num_tokens = int(self.examples.num_counted[batch_B].sum())
         scale = self.world * self.accumulation / max(num_tokens, 1)
-        rate = learning_rate(self.settings.optimizer, step, self.order.num_steps)
+        rate = learning_rate(self.settings, step, self.order.num_steps)
         sums = torch.zeros(3, dtype=torch.float64)
         self.engine.module.train()
         shares = micro_batches(batch_B, self.rank, self.world, self.settings.micro_batch_size)
@@ -179,7 +179,9 @@ class Trainer:
             answer = FullTargets(theirs.logits.flatten(0, 1))
         elif self.cache is not None and len(there := index_B[index_B != NOTHING]):
             answer = self.cache.targets(there).to(device)
-        found = token_loss(out.logits.flatten(0, 1), targets_BL.flatten(), answer, loss.ce, loss.kd, loss.temperature)
+        found = token_loss(
+            out.logits.flatten(0, 1), targets_BL.flatten(), answer, self.settings.ce, loss.kd, loss.temperature
+        )
         total, counts_BL = found.total, targets_BL != IGNORED
         if loss.hidden:
             total = total + loss.hidden * hidden_loss(_layers(out), _layers(theirs), counts_BL)

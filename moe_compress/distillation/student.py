@@ -13,7 +13,7 @@ from ..calibration.text import IGNORED
 from ..checkpoint.reader import CheckpointReader
 from ..errors import RecipeError
 from ..model.architecture import load_config, model_class_of
-from ..model.skeleton import quiet
+from ..model.quiet import quiet
 from ..model.switch import is_off_contract, put_on_contract
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -30,7 +29,6 @@ from transformers.core_model_loading import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, local_torch_dtype
 from transformers.quantizers.auto import get_hf_quantizer
-from transformers.utils import logging as hf_logging
 
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.shard import TensorEntry
@@ -39,22 +37,11 @@ from .architecture import load_config, majority_dtype, model_class_of
 from .discovery import MoELayer, find_moe_layers
 from .levels import level_names, levels_read, piece_position
 from .plugin import guard_of, guard_renaming
+from .quiet import quiet
 from .switch import contract_conversions, put_on_contract
 
 ROOT = ""
 """Owner of every tensor that belongs to no decoder layer: embeddings, final norm, head."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the loading bars of transformers: our stages have theirs, and load hundreds of times."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 class Skeleton:
@@ -151,12 +138,6 @@ class Skeleton:
         """All in-memory tensors made of the checkpoint tensors that `name` is made of; `targets` knows the first."""
         first = next((first for first, others in self._siblings.items() if name in others), name)
         return first, *self._siblings.get(first, [])
-
-    def tied_to(self, name: str) -> list[str]:
-        """The names of other in-memory tensors that are the same one as `name`, if the checkpoint says no other."""
-        ties: dict[str, str] = self.model.all_tied_weights_keys
-        root = ties.get(name, name)
-        return [other for other in (root, *ties) if other != name and ties.get(other, other) == root]
 
     def disk_names(self, layer: MoELayer, parameters: list[str]) -> dict[str, str]:
         """Names on disk that `from_pretrained` will lead to new parameters of an experts module.

@@ -100,9 +100,9 @@ def _task_name(task: str, metric: str, score: dict[str, Any]) -> tuple[Text, str
     return Text(f"{task} {metric.replace('_', ' ')}"), f"{score['num_examples']:,}"
 
 
-def _interval(estimate: dict[str, float]) -> Text:
+def _interval(estimate: dict[str, float], separator: str = " ") -> Text:
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return Text(f"{value:.1f} [{low:.1f}, {high:.1f}]")
+    return Text(f"{value:.1f}{separator}[{low:.1f}, {high:.1f}]")
 
 
 def show_training(job_dir: Path, console: Console) -> None:
@@ -141,7 +141,8 @@ def _trained_task_table(tasks: dict[str, dict[str, dict[str, Any]]]) -> Table:
     table = _task_columns(*_TRAINING_COLUMNS)
     for task, score in tasks["after"].items():
         for metric in score["metrics"]:
-            cells = [_interval(tasks[c][task]["metrics"][metric]) if c in tasks else "" for c in _TRAINING_COLUMNS]
+            found = [tasks[each][task]["metrics"][metric] if each in tasks else None for each in _TRAINING_COLUMNS]
+            cells = ["" if estimate is None else _interval(estimate, "\n") for estimate in found]
             table.add_row(*_task_name(task, metric, score), *cells)
     return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def _on_text(
     manifest = Manifest.load(output)
     names = level_names(CheckpointReader(output).config)
     levels: list[str | None] = [*names] if names else [None]
-    made, original = manifest.unmeasured().text(), prepared.reader.folder
+    identity, original = [manifest.unmeasured().text(), prepared.source_digest], prepared.reader.folder
     scores = {
-        level: scored(job, output, made, original, settings, tokens, executor, reporter, level) for level in levels
+        level: scored(job, output, identity, original, settings, tokens, executor, reporter, level) for level in levels
     }
     found = scores[levels[0]].to_dict()
     if names:
@@ -71,7 +72,7 @@ def _on_text(
 def scored(
     job: Job,
     checkpoint: Path,
-    identity: str,
+    identity: Sequence[str | None],
     against: Path | None,
     settings: Evaluation,
     tokens: Path,
@@ -79,7 +80,12 @@ def scored(
     reporter: Reporter,
     level: str | None = None,
 ) -> Scores:
-    """Scores of a checkpoint whose content `identity` stands for; its windows are kept in the job folder."""
+    """Scores of a checkpoint, its windows kept in the job folder.
+
+    Args:
+        identity: what stands for the content of the checkpoint, and of what it is compared with.
+        job, checkpoint, against, settings, tokens, executor, reporter, level: as of `run_evaluation`.
+    """
     what = (tokens.stem, settings.dtype, settings.generate, level)
     target = job.folder / f"evaluation-{digest_of(identity, *what)}.parquet"
     if not target.exists():

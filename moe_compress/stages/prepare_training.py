@@ -69,7 +69,9 @@ class PreparedTraining:
     def checkpoints(self) -> dict[str, tuple[Path, str]]:
         """What is scored once the trained checkpoint is published: folder, and what its content is known by."""
         output = self.recipe.output_path
-        found = {"before": (self.student, self.student_digest), "after": (output, Manifest.load(output).text())}
+        made = (self.student / MANIFEST_NAME).exists()
+        student = Manifest.load(self.student).unmeasured().text() if made else self.student_digest
+        found = {"before": (self.student, student), "after": (output, Manifest.load(output).text())}
         if self.teacher is None or self.teacher_digest is None:
             return found
         return {TEACHER: (self.teacher, self.teacher_digest)} | found

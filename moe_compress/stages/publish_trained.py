@@ -160,12 +160,15 @@ class _TrainedTensors:
 
     def _places(self, name: str) -> list[str]:
         """Where a trained tensor lies in the checkpoint: under its own name, and that of every tensor tied to it."""
-        tied = (other for other in self._skeleton.tied_to(name) if other in self._skeleton.targets)
-        return [name, *(other for other in tied if other not in self._trained and self._is_same(name, other))]
+        ties: dict[str, str] = self._skeleton.model.all_tied_weights_keys
+        root, known = ties.get(name, name), self._skeleton.targets
+        tied = (other for other in (root, *ties) if ties.get(other, other) == root and other in known)
+        free = (other for other in tied if other != name and other not in self._trained)
+        return [name, *(other for other in free if self._is_same(name, other))]
 
     def _is_same(self, name: str, other: str) -> bool:
         """Whether two tensors were the same before the training: else the checkpoint did not tie them."""
-        before = [self._entries[self._skeleton.targets[each][0]].read() for each in (name, other)]
+        before = [self._entries[self._skeleton.targets[each][0]].read().float() for each in (name, other)]
         return torch.equal(*before)
 
     def of_shard(self, path: Path) -> dict[str, Tensor | TensorEntry]:

@@ -135,8 +135,9 @@ def _scores(job: Job, prepared: PreparedTraining, executor: Executor, reporter: 
     settings, tokens = prepared.recipe.evaluation, prepared.evaluation_tokens
     if settings is None or tokens is None:
         return {}
+    teacher, its_digest = prepared.teacher, prepared.teacher_digest
     return {
-        name: scored(job, folder, identity, prepared.teacher, settings, tokens, executor, reporter)
+        name: scored(job, folder, [identity, its_digest], teacher, settings, tokens, executor, reporter)
         for name, (folder, identity) in prepared.checkpoints().items()
         if name != TEACHER
     }

@@ -114,6 +114,13 @@ def test_an_original(model_type: str, tiny: Checkpoint, tmp_path: Path) -> None:
     assert 0 < found.parameters["experts_original"] < found.parameters["original"]
 
 
+@pytest.mark.parametrize("chosen", ["all", ["*shared_experts.gate_proj"], ["*shared_experts.up_proj"]])
+def test_one_tensor_on_disk_that_is_two_in_memory(chosen: str | list[str], tiny: Checkpoint, tmp_path: Path) -> None:
+    student = tiny("inkling_mm_model")
+    model, trained = train(student, tmp_path / "trained", chosen)
+    assert_published(student, publish(student, trained, tmp_path / "output"), model)
+
+
 def everything(checkpoint: Path) -> dict[str, Tensor]:
     return {name: tensor for path in checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()}
 

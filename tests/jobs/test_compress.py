@@ -1,4 +1,4 @@
-"""What a cluster is given to run does what `moe-compress compress` does."""
+"""What a cluster is given to run does what `moe-compress compress` and `distill` do."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jobs import cli
 from tests.conftest import Checkpoint
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """`python -m jobs.compress ARGUMENTS`; its exit code."""
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, module: str = "jobs.compress") -> int:
+    """`python -m MODULE ARGUMENTS`; its exit code."""
     monkeypatch.setattr(sys, "argv", ["compress.py", *arguments])
     try:
-        runpy.run_module("jobs.compress", run_name="__main__")
+        runpy.run_module(module, run_name="__main__")
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0
@@ -40,6 +40,12 @@ def recipe(tiny: Checkpoint, text_file: Path, tmp_path: Path) -> Path:
 def test_it_compresses(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, str(recipe), "--set", "method.ratio=0.5") == 0
     assert (recipe.parent / "small" / "config.json").exists()
+
+
+def test_it_distills(recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("deepspeed")
+    assert run(monkeypatch, str(recipe), module="jobs.distill") == 2
+    assert capfd.readouterr().err.startswith("error: distillation: missing")
 
 
 def test_errors_are_those_of_the_command(

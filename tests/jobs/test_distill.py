@@ -69,14 +69,16 @@ def test_fine_tune_compress_distill(
     last = recipe("fine", "small") | {"method": how, "calibration": calibration}
     capsys.readouterr()
     run("distill", "recipe.yaml", recipe=last)
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert said.count("task pick") == 3  # of the compressed and of the original, and then of what was trained
     found = json.loads(Path("small.job/training.json").read_text())
     assert found["tasks"]["teacher"] == tuned["tasks"]["after"]
     assert found["tasks"].keys() == {"teacher", "before", "after"}
     for scores in found["tasks"].values():
         accuracy = scores["pick"]["metrics"]["accuracy"]
         low, high = (f"{100 * accuracy[name]:.1f}" for name in ("low", "high"))
-        assert f"{100 * accuracy['value']:.1f} [{low}, {high}]" in shown
+        assert f"{100 * accuracy['value']:.1f}" in shown
+        assert f"[{low}, {high}]" in shown
     assert found["returned"] is None
     manifest = Manifest.load(Path("small-distilled"))
     assert manifest.source.name == "fine"
