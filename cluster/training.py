@@ -2,7 +2,7 @@
 
 Each process finds the latest snapshot in the job folder, which all nodes must see, and goes on from there. What is
 wrong for good (a loss that is not finite, a recipe that cannot be) ends the training at once. Ray Train is
-given nothing to keep: its own folder is a temporary one of this process.
+given nothing to keep: what it writes goes to a temporary folder of this process.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from moe_compress.checkpoint.writer import append_event
 from moe_compress.distillation.fit import Run, train
-from moe_compress.distillation.snapshots import read_progress
 from moe_compress.errors import DistillationError, MoECompressError, RecipeError
 from moe_compress.process import settle
+
+from .failures import Failures, one_line, reason_of
 
 _POLL_S = "0.5"
 """How often Ray Train asks its processes whether they live and are done."""
@@ -43,28 +43,26 @@ def train_on_ray(run: Run) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
     with tempfile.TemporaryDirectory() as own, _interruptible():
         trainer = TorchTrainer(
-            _train_loop,
-            train_loop_config={"run": run},
+            partial(_train_loop, run),
             torch_config=TorchConfig(backend="nccl" if "GPU" in needs else "gloo"),
             scaling_config=ScalingConfig(num_workers=processes, use_gpu="GPU" in needs, resources_per_worker=needs),
             run_config=RunConfig(
                 name="training",
                 storage_path=own,
                 failure_config=FailureConfig(max_failures=how.max_failures),
-                callbacks=[_Failures(run)],
+                callbacks=[Failures(run.task.folder, run.events, how.max_failures)],
             ),
         )
         try:
             trainer.fit()
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayError) as error:
             cause = error.controller_failure if isinstance(error, ControllerError) else error
             if isinstance(cause, MoECompressError):
                 raise cause from None
-            reason = _reason(cause.worker_failures) if isinstance(cause, WorkerGroupError) else _one_line(cause)
-            raise DistillationError(
-                f"training processes failed {how.max_failures + 1} times, at last {reason}; snapshots are kept; run the"
-                " job again to go on"
-            ) from error
+            what = f"Ray Train gave up ({one_line(cause)})"
+            if isinstance(cause, WorkerGroupError):
+                what = f"processes failed {how.max_failures + 1} times, at last {reason_of(cause.worker_failures)}"
+            raise DistillationError(f"training: {what}; snapshots are kept; run the job again to go on") from error
 
 
 def find_room(processes: int | None, threads: int, device: str) -> tuple[int, dict[str, int]]:
@@ -90,52 +88,10 @@ def find_room(processes: int | None, threads: int, device: str) -> tuple[int, di
     return processes, needs
 
 
-def _train_loop(config: dict[str, Any]) -> None:
+def _train_loop(run: Run) -> None:
     """In each of the processes, torch.distributed is up."""
-    run: Run = config["run"]
     settle(run.threads)
     train(run)
-
-
-class _Failures(UserCallback):
-    """In Ray Train's controller: ends a training that would fail again, and writes down that another starts again.
-
-    Args:
-        run: the training.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run, self._left = run, run.task.settings.deepspeed.max_failures
-        self._last: dict[int, str] = {}
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Hears of each failure, of some more than once.
-
-        Raises:
-            MoECompressError: of a process, which ends the training.
-        """
-        for error in worker_exceptions.values():
-            if isinstance(error, MoECompressError):
-                raise error
-        said = {rank: str(error) for rank, error in worker_exceptions.items()}
-        if self._left and said != self._last:
-            self._left, self._last = self._left - 1, said
-            step = read_progress(self._run.task.folder)[1].step
-            append_event(self._run.events, "restart", step=step, reason=_reason(worker_exceptions))
-
-
-def _reason(failures: dict[int, Exception]) -> str:
-    """One line on a process that died, or else raised an error; others merely miss it."""
-    causes = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
-    for rank, cause in causes.items():
-        if isinstance(cause, RayError):
-            return f"process {rank} died ({type(cause).__name__})"
-    rank = min(causes)
-    return f"process {rank}: {_one_line(causes[rank])}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @contextmanager
