@@ -40,7 +40,6 @@ def require_deepspeed() -> None:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     try:
         import deepspeed
     except ImportError as error:

@@ -96,7 +96,7 @@ def test_a_text_without_blank_lines_is_read_by_lines_and_sources_in_order(tmp_pa
         ("bad.jsonl", b'{"text": "a"}\n\n{"text": ', r"bad\.jsonl:3: not a line of JSON"),
         ("list.jsonl", b'["a"]', r"list\.jsonl:1: no field holds a string"),
         ("numbers.jsonl", b'{"a": 1}', r"numbers\.jsonl:1: no field holds a string"),
-        ("broken.txt.gz", gzip.compress(b"some text")[:-9], "cannot be read"),
+        ("broken.txt.gz", gzip.compress(b"some text", mtime=0)[:-9], "cannot be read"),
         ("broken.parquet", b"PAR1", "cannot be read"),
     ],
 )

@@ -60,7 +60,7 @@ def test_an_encoder_decoder_model_reads_what_t5_reads(name: str, tmp_path: Path)
     assert (found.targets, found.gold) == (targets, gold)
 
 
-@pytest.mark.parametrize("name", set(T5) - {"copa", "winogrande"})
+@pytest.mark.parametrize("name", sorted(set(T5) - {"copa", "winogrande"}))
 def test_a_decoder_is_asked_for_an_answer(name: str, tmp_path: Path) -> None:
     text, targets, gold = T5[name]
     found = one(tmp_path, name, ROWS[name], text_to_text=False)
