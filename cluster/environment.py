@@ -13,6 +13,8 @@ def prepare_private_cluster() -> None:
     Without this Ray would write a token into the home folder. What the user has set is left alone.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # what training processes tell each other
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         os.environ["RAY_AUTH_MODE"] = "token"
