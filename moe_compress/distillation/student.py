@@ -14,7 +14,9 @@ from ..checkpoint.reader import CheckpointReader
 from ..errors import RecipeError
 from ..model.architecture import load_config, model_class_of
 from ..model.quiet import quiet
+from ..model.streamer import model_inputs
 from ..model.switch import is_off_contract, put_on_contract
+from .parameters import whole_shape
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -40,7 +42,7 @@ def _hide_empty(model: PreTrainedModel) -> None:
     """Makes buffers of parameters without elements, such as factors of rank 0, which ZeRO 3 cannot gather."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+            shape = whole_shape(parameter)
             if 0 in shape:
                 delattr(module, name)
                 module.register_buffer(name, torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
@@ -67,12 +69,10 @@ def forward(
         input_ids, attention_mask, targets: of `Examples`.
         with_hidden: also give the layers' outputs.
     """
-    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": with_hidden}
-    if not bool(attention_mask.all()):
-        inputs["attention_mask"] = attention_mask.long()
+    inputs: dict[str, Any] = {**model_inputs(input_ids, attention_mask)}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _shifted(targets, config.decoder_start_token_id, config.pad_token_id)
-    return model(**inputs)
+    return model(**inputs, use_cache=False, output_hidden_states=with_hidden)
 
 
 def _shifted(targets_NL: Tensor, start: int, padding: int) -> Tensor:

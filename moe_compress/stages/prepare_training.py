@@ -10,6 +10,7 @@ from ..checkpoint.manifest import MANIFEST_NAME, Manifest
 from ..checkpoint.reader import CheckpointReader, content_digest, resolve_checkpoint
 from ..distillation.examples import Examples
 from ..distillation.fit import check_processes
+from ..distillation.order import Order
 from ..distillation.parameters import choose_trained
 from ..distillation.routers import RouterLogits
 from ..distillation.sparsity import ColumnPruner
@@ -39,6 +40,7 @@ class PreparedTraining:
         student, teacher: folders; None where there is no teacher.
         student_digest, teacher_digest: of their content.
         examples: file of all sequences.
+        num_steps: optimizer steps they make.
         evaluation_tokens: file of the evaluation windows; None where no text is evaluated.
         folder: of this training's snapshots and outcome.
         original_parameters: of all routed experts before compression.
@@ -50,6 +52,7 @@ class PreparedTraining:
     student_digest: str
     teacher_digest: str | None
     examples: Path
+    num_steps: int
     evaluation_tokens: Path | None
     folder: Path
     original_parameters: int
@@ -161,7 +164,7 @@ def prepare_training(job: Job, recipe: Training, reporter: Reporter) -> Prepared
     tokens = job.folder / "tokens"
     tokens.mkdir(exist_ok=True)
     examples = training_tokens(settings, student, tokens, reporter)
-    _check_examples(settings, Examples.load(examples), vocabulary, reporter)
+    found = _check_examples(settings, Examples.load(examples), vocabulary, reporter)
     windows = None if recipe.evaluation is None else evaluation_tokens(recipe.evaluation, student, tokens)
     if windows is not None:
         check_vocabulary(student, vocabulary, windows)
@@ -173,6 +176,7 @@ def prepare_training(job: Job, recipe: Training, reporter: Reporter) -> Prepared
         student_digest=digests[0],
         teacher_digest=digests[1] if teacher is not None else None,
         examples=examples,
+        num_steps=Order.of(settings, found).num_steps,
         evaluation_tokens=windows,
         folder=Path(),
         original_parameters=original_parameters,
@@ -191,7 +195,8 @@ def _check_student(settings: Distillation, student: CheckpointReader, original_p
         ColumnPruner(model, settings.sparsity, 1, original_parameters)
 
 
-def _check_examples(settings: Distillation, examples: Examples, vocabulary: int, reporter: Reporter) -> None:
+def _check_examples(settings: Distillation, examples: Examples, vocabulary: int, reporter: Reporter) -> int:
+    """How many there are."""
     found, held_out = len(examples.input_ids), settings.validation_sequences
     if found <= held_out:
         raise RecipeError(
@@ -210,6 +215,7 @@ def _check_examples(settings: Distillation, examples: Examples, vocabulary: int,
             f"distillation.num_sequences: there are {found} of the {asked} sequences asked for, {held_out} of them held"
             " out"
         )
+    return found
 
 
 def _check_earlier_output(prepared: PreparedTraining) -> None:
