@@ -11,28 +11,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..calibration.text import IGNORED
 from ..checkpoint.reader import CheckpointReader
-from ..errors import RecipeError
 from ..model.architecture import load_config, model_class_of
 from ..model.quiet import quiet
 from ..model.streamer import model_inputs
-from ..model.switch import is_off_contract, put_on_contract
+from ..model.switch import put_on_contract
 from .parameters import whole_shape
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A checkpoint, compressed or not, whole. Under ZeRO 3 (`partitioned`) each process keeps its part alone.
-
-    Raises:
-        RecipeError: its experts are put together of parameters that ZeRO 3 keeps apart.
-    """
+    """A checkpoint, compressed or not, whole. Under ZeRO 3 (`partitioned`) each process keeps its part alone."""
     model_class = model_class_of(load_config(CheckpointReader(checkpoint)))
     with quiet():
         model: PreTrainedModel = model_class.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
-    if is_off_contract(model) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise RecipeError(
-            f"distillation.deepspeed.zero_stage: 3 cannot spread '{model.config.model_type}' before it is compressed;"
-            " set 2"
-        )
     put_on_contract(model)
     _hide_empty(model)
     return model

@@ -20,6 +20,7 @@ from ..evaluation.tasks.reading import check_task
 from ..job import Job
 from ..model.architecture import load_config
 from ..model.skeleton import Skeleton
+from ..model.switch import contract_conversions
 from ..progress import Reporter
 from ..recipe import Recipe, Training
 from .prepare import check_device, check_kind, check_output
@@ -160,6 +161,8 @@ def prepare_training(job: Job, recipe: Training, reporter: Reporter) -> Prepared
     readers = [CheckpointReader(folder) for folder in (student, teacher) if folder is not None]
     original_parameters = count_parameters(readers[0])["experts_original"]
     _check_student(settings, readers[0], original_parameters)
+    if settings.deepspeed.zero_stage == 3:
+        _check_spreads(readers if settings.teacher == "live" else readers[:1])
     vocabulary = load_config(readers[0]).get_text_config().vocab_size
     tokens = job.folder / "tokens"
     tokens.mkdir(exist_ok=True)
@@ -193,6 +196,16 @@ def _check_student(settings: Distillation, student: CheckpointReader, original_p
         RouterLogits(model)
     if settings.sparsity is not None:
         ColumnPruner(model, settings.sparsity, 1, original_parameters)
+
+
+def _check_spreads(readers: list[CheckpointReader]) -> None:
+    """ZeRO 3 must not keep apart what loading puts together."""
+    for skeleton in map(Skeleton, readers):
+        if skeleton.quantizer is None and contract_conversions(skeleton.model):
+            raise RecipeError(
+                f"distillation.deepspeed.zero_stage: 3 cannot spread '{skeleton.model.config.model_type}' before"
+                f" it is compressed ({skeleton.reader.folder}); set 2"
+            )
 
 
 def _check_examples(settings: Distillation, examples: Examples, vocabulary: int, reporter: Reporter) -> int:
