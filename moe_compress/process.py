@@ -20,6 +20,7 @@ def settle(threads: int) -> None:
     elementwise operation, hence huge pages. The environment is read at the first tensor and the first product.
     """
     torch.set_num_threads(threads)
+    choose_accelerator()
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -27,6 +28,12 @@ def settle(threads: int) -> None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _MMAP_BYTES)
         mallopt(_M_ARENA_MAX, 2)
+
+
+def choose_accelerator() -> None:
+    """Tells DeepSpeed, which accelerate imports where it is installed, that there is no GPU; else it warns of that."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def give_back() -> None:

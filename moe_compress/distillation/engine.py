@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from ..distillation_options import Distillation
 from ..errors import RecipeError
+from ..process import choose_accelerator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -38,8 +39,7 @@ def require_deepspeed() -> None:
     Raises:
         RecipeError: it is not installed.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     try:
         import deepspeed
     except ImportError as error:
