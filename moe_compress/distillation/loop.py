@@ -207,7 +207,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """The loss on the sequences held out; the weights are kept if it is the lowest."""
+        """The loss on the sequences held out; the weights are kept if it is the lowest, or if the last are wanted."""
         self.engine.module.eval()
         held_out, size = torch.arange(self.settings.validation_sequences), self.settings.micro_batch_size
         sums = torch.zeros(3, dtype=torch.float64)
@@ -224,7 +224,8 @@ class Trainer:
         if self.rank == 0:
             self.tell(figures)
         is_final = self.pruner is None or self.pruner.is_done
-        if is_final and (self.progress.best is None or loss < self.progress.best):
+        wants_last = self.settings.keep == "last"
+        if is_final and (wants_last or self.progress.best is None or loss < self.progress.best):
             self.progress.best, self.progress.best_step = loss, self.progress.step
             save_best(self.task.folder, self.engine, self.pruner)
 
