@@ -39,8 +39,9 @@ def executor_for(cluster: Cluster) -> Iterator[Executor]:
     if cluster.local:
         executor = InProcess(cluster.threads)
     else:
-        from cluster.environment import prepare_private_cluster
+        from cluster.environment import prepare_private_cluster, running_cluster
 
+        cluster = cluster.model_copy(update={"address": cluster.address or running_cluster()})
         if cluster.address is None:
             prepare_private_cluster()
         from cluster.executor import RayExecutor
@@ -60,6 +61,7 @@ def run(recipe: Recipe, console: Console) -> None:
     created = missing_folders(job.folder)
     with job.locked(), PeakMemory() as memory, ExitStack() as stack:
         reporter = Reporter(job, memory=memory)
+        stack.enter_context(reporter.run("compress"))
         with without_trace(created):
             prepared = prepare(job, *inputs)
             executor = stack.enter_context(executor_for(recipe.cluster))

@@ -36,6 +36,7 @@ def distill(recipe: Recipe | None, training: Training, console: Console) -> None
     created = missing_folders(job.folder)
     with job.locked(), PeakMemory() as memory, ExitStack() as stack:
         reporter = Reporter(job, memory=memory)
+        stack.enter_context(reporter.run("distill"))
         with without_trace(created):
             prepared = prepare_training(job, training, reporter)
             executor = stack.enter_context(executor_for(training.cluster))
