@@ -21,7 +21,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from moe_compress.errors import MoECompressError, RecipeError
+from moe_compress.errors import MoECompressError, RecipeError, reason_in
 
 _CONNECT_S = 5.0
 _SILENCE_S = 60.0
@@ -168,12 +168,6 @@ class JobServer:
             if len(text) > shown:
                 hear(text[shown:])
             shown = max(0, shown - len(text))
-
-
-def reason_in(said: str) -> str | None:
-    """The last error line of a job's log."""
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    return lines[-1].removeprefix("error: ") if lines else None
 
 
 def _briefly(error: BaseException) -> str:

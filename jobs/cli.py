@@ -102,6 +102,18 @@ def submit(
 
 
 @app.command()
+def batch(
+    manifest: Annotated[Path, typer.Argument(help="Many checkpoints and ratios, YAML.", metavar="MANIFEST")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Runs or resumes many jobs; one that fails does not stop the others."""
+    from .batch import run_batch
+
+    run_batch(manifest, overrides or [], Console(), as_json)
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from moe_compress.checkpoint.reader import CheckpointReader
-from moe_compress.errors import MoECompressError, RecipeError
+from moe_compress.errors import JobFailed, MoECompressError, RecipeError
 from moe_compress.job import digest_of
 from moe_compress.recipe import JobRecipe, Recipe, Training, load_recipe, load_training
 from moe_compress.recipe_fields import TaskSource, Text
@@ -28,14 +28,6 @@ COMMANDS = ("compress", "distill")
 """What can be submitted; each is a module of this package."""
 
 _END_OF_RECIPE = "END_OF_RECIPE"
-
-
-class JobFailed(MoECompressError):
-    """A job elsewhere failed; ends this process as it ended."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def submit(
