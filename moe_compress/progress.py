@@ -25,6 +25,14 @@ _PLAIN_INTERVAL_S = 10.0
 _EVENT_INTERVAL_S = 10.0
 
 
+Watch = Callable[["Stage"], None]
+"""Is told of a stage whenever it has changed."""
+
+
+def nobody(stage: Stage) -> None:
+    """Watches nothing."""
+
+
 class Stage:
     """A running stage; `advance` moves its line.
 
@@ -34,9 +42,7 @@ class Stage:
         watch: told of every change.
     """
 
-    def __init__(
-        self, name: str, total: int, console: Console, watch: Callable[[Stage], None] = lambda stage: None
-    ) -> None:
+    def __init__(self, name: str, total: int, console: Console, watch: Watch = nobody) -> None:
         self.name, self.total, self.console, self._watch = name, total, console, watch
         self.done = 0
         self.tokens = 0.0
@@ -120,7 +126,7 @@ class Reporter:
         job: Job | None,
         console: Console | None = None,
         memory: PeakMemory | None = None,
-        watch: Callable[[Stage], None] = lambda stage: None,
+        watch: Watch = nobody,
     ) -> None:
         self.job, self.memory, self.watch = job, memory, watch
         self.console = console or Console(stderr=True)
