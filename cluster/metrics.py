@@ -16,7 +16,7 @@ from ray.util.metrics import Counter, Gauge
 
 from moe_compress.progress import Stage
 
-OF_A_STAGE = ("job", "stage")
+OF_A_STAGE = ("output", "stage")
 OF_A_PROCESS = ("process",)
 
 COUNTERS = {
@@ -31,7 +31,8 @@ GAUGES = {
     "moe_compress_memory_bytes": ("Resident memory of a process.", OF_A_PROCESS),
     "moe_compress_gpu_memory_bytes": ("Most memory of its GPU that a process has held.", OF_A_PROCESS),
 }
-"""Name -> what it is, its tags. `process` is driver, worker (of layers) or task."""
+"""Name -> what it is, its tags. `output` is the name of a job's output (`job` would be in the way of Prometheus' own);
+`process` is driver, worker (of layers) or task."""
 
 
 def exported_names() -> set[str]:
@@ -43,12 +44,12 @@ class StageMetrics:
     """Watches the stages of a job in its driver.
 
     Args:
-        job: what the job is called.
+        output: name of the job's output.
         flops: operations of each stage of which they are known, by name.
     """
 
-    def __init__(self, job: str, flops: Mapping[str, float]) -> None:
-        self._job, self._flops = job, flops
+    def __init__(self, output: str, flops: Mapping[str, float]) -> None:
+        self._output, self._flops = output, flops
         self._told: tuple[Stage | None, int, float] = (None, 0, 0.0)
 
     def __call__(self, stage: Stage) -> None:
@@ -57,7 +58,7 @@ class StageMetrics:
         if told is not stage:
             steps, tokens = stage.done, 0.0
         self._told = stage, stage.done, stage.tokens
-        tags = {"job": self._job, "stage": stage.name}
+        tags = {"output": self._output, "stage": stage.name}
         share = 1 / max(stage.total, 1)
         _gauge("moe_compress_stage_progress").set(stage.done * share, tags)
         if stage.left_s is not None:
