@@ -27,7 +27,7 @@ from moe_compress.checkpoint.manifest import MANIFEST_NAME
 from moe_compress.checkpoint.writer import atomic_write
 from moe_compress.errors import ERROR, CheckpointError, JobFailed, RecipeError, reason_in
 from moe_compress.recipe import read_recipe
-from moe_compress.report.batch import JOBS, show_batch
+from moe_compress.report.batch import JOBS, batch_view
 from moe_compress.stages.prepare import check, check_output
 from moe_compress.stages.summary import SUMMARY_NAME
 
@@ -64,7 +64,7 @@ def run_batch(path: Path, overrides: Sequence[str], console: Console, as_json: b
     if as_json:
         print(json.dumps({JOBS: rows}, indent=2))
     else:
-        show_batch(rows, console)
+        console.print(batch_view(rows))
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:
         names = ", ".join(row["name"] for row in failed)

@@ -222,6 +222,18 @@ def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> No
         show_training(job_dir, Console())
 
 
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="The folder of a job or a batch.", metavar="JOB_DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on as long as it runs.")] = False,
+) -> None:
+    """Says how a job goes or went, whether it runs, is done, failed or was killed."""
+    from .status import show
+
+    show(folder, Console(), as_json, watch)
+
+
 def main(*command: str) -> None:
     """Entry point: turns errors into one readable line and an exit code.
 

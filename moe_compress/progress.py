@@ -179,6 +179,8 @@ class Reporter:
             self._recorded = time.monotonic()
             left_s = None if stage.left_s is None else round(stage.left_s, 1)
             figures = {"seconds": round(stage.seconds, 3), "tokens": round(stage.tokens), "left_s": left_s}
+            if self.memory is not None:
+                figures["peak_bytes"] = self.memory.so_far
             self.event("progress", stage=stage.name, done=stage.done, total=stage.total, **figures, note=stage.note)
 
     def event(self, name: str, **fields: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -14,8 +14,8 @@ JOBS = "jobs"
 """The key of the rows in a batch's summary.json, which that of a job does not have."""
 
 
-def show_batch(rows: list[dict[str, Any]], console: Console) -> None:
-    """Prints name, ratio, status, bytes and perplexity before and after, seconds; below, why jobs failed."""
+def batch_view(rows: list[dict[str, Any]]) -> RenderableType:
+    """Name, ratio, status, bytes and perplexity before and after, seconds of each job; below, why some failed."""
     table = Table()
     for column in ("job", "ratio", "status", "bytes", "perplexity", "seconds"):
         table.add_column(column, justify="right" if column in ("ratio", "seconds") else "left", overflow="fold")
@@ -25,7 +25,4 @@ def show_batch(rows: list[dict[str, Any]], console: Console) -> None:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:g}"
         table.add_row(Text(row["name"]), ratio, row["status"], size, quality, seconds)
-    console.print(table)
-    for row in rows:
-        if row["reason"]:
-            console.print(f"{row['name']}: {row['reason']}", highlight=False, markup=False, soft_wrap=True)
+    return Group(table, *(Text(f"{row['name']}: {row['reason']}") for row in rows if row["reason"]))
