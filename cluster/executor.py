@@ -22,6 +22,8 @@ from moe_compress.process import settle
 from moe_compress.recipe import Cluster
 from moe_compress.stages.units import open_checkpoint
 
+from .metrics import report_process
+
 UNIT_RETRIES = 3
 """How often a task is run again when its process dies."""
 
@@ -39,12 +41,15 @@ class _LayerWorkerActor:
     def call(self, method: str, *args: Any) -> tuple[Any, Any]:
         """(what other workers read, what the driver reads)."""
         result = getattr(self.worker, method)(*args)
+        report_process("worker")
         return (result, None) if method in _HANDED_ON else (None, result)
 
 
 def _run_unit(threads: int, function: Callable[..., Any], *args: Any) -> Any:
     settle(threads)
-    return function(*args)
+    result = function(*args)
+    report_process("task")
+    return result
 
 
 def _open(checkpoint: Path) -> None:

@@ -7,6 +7,7 @@ and fix.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,14 +195,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """Reads a recipe as plain data and applies `--set a.b=value` overrides.
 
     Args:
-        path: a YAML file. Relative paths inside it are relative to the current directory.
+        path: a YAML file, - for standard input. Relative paths inside it are relative to the current directory.
         overrides: `dotted.key=value`, the value read as YAML.
 
     Raises:
         RecipeError: it cannot be read.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(sys.stdin.read() if str(path) == "-" else Path(path).read_text())
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

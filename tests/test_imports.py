@@ -33,6 +33,7 @@ ALLOWED = {
         "evaluation",
     },
     "job": {"errors", "recipe", "checkpoint"},
+    "batch_recipe": {"errors", "method_options", "recipe_fields", "recipe", "job"},
     "progress": {"job", "memory"},
     "stages": {
         *("errors", "recipe", "recipe_fields", "method_options", "budget", "checkpoint", "model", "calibration"),
@@ -47,7 +48,7 @@ ALLOWED = {
         *("stages", "report"),
     },
     "materialize": {"errors", "checkpoint", "model"},
-    "report": {"errors", "checkpoint", "model", "stages"},
+    "report": {"errors", "checkpoint", "model", "job", "stages"},
 }
 
 

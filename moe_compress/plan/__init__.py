@@ -15,6 +15,8 @@ from rich.console import Console
 from ..checkpoint.reader import CheckpointReader, resolve_checkpoint
 from ..method_options import D2MoE
 from ..methods.limits import highest_ratio
+from ..model.discovery import MoELayer
+from ..model.skeleton import Skeleton
 from ..recipe import Recipe
 from ..stages.prepare import open_original
 from .costs import Workload
@@ -112,3 +114,11 @@ def make_plan(recipe: Recipe) -> Plan:
         seconds={name: work.seconds(name, count, speed) for name, count in flops.items()},
         speed=speed,
     )
+
+
+def known_flops(recipe: Recipe, skeleton: Skeleton, layers: list[MoELayer]) -> dict[str, float]:
+    """Operations of the stages that the plan counts by themselves, by the names they run under."""
+    result = outcome(skeleton.model, layers, recipe.method)
+    work = Workload(recipe, describe(skeleton, layers), result, bytes_after=0)
+    sweep = sum(count for name, count in work.flops().items() if name.startswith("calibrate")) / work.passes
+    return {"calibrate": sweep, "calibrate again": sweep}
