@@ -32,8 +32,12 @@ def tables(plan: dict[str, Any]) -> Iterator[str | Table]:
     yield "Memory of one process at its peak"
     yield _memory(plan)
     speeds = ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in plan["speed"].items())
-    yield f"Costs with {plan['num_workers']} layer workers; times at the speed of this machine: {speeds}"
+    whose = "this machine" if plan["cluster"] is None else f"a {plan['cluster']['gpu']}, assumed"
+    yield f"Costs with {plan['num_workers']} layer workers; times at the speed of {whose}: {speeds}"
     yield _costs(plan)
+    if plan["cluster"] is not None:
+        yield from _cluster(plan["cluster"])
+    yield from (f"Not as it is: {problem}" for problem in plan["problems"])
 
 
 def _sizes(plan: dict[str, Any]) -> Table:
@@ -79,3 +83,22 @@ def _costs(plan: dict[str, Any]) -> Table:
         table.add_row(f"disk: {name}", bytes_for_people(size), "")
     table.add_row("between workers", bytes_for_people(plan["network_bytes"]), "")
     return table
+
+
+def _cluster(cluster: dict[str, Any]) -> Iterator[str | Table]:
+    yield (
+        f"On {cluster['num_gpus']} {cluster['gpu']} of {cluster['num_nodes']} nodes, every stage as long as what it"
+        " waits for: a lower bound"
+    )
+    table = _table("stage", "at least", "waits for", "GPUs busy", "storage", "network", "disk")
+    for stage in cluster["stages"]:
+        moved = (bytes_for_people(stage[f"{name}_bytes"]) for name in ("storage", "network", "disk"))
+        table.add_row(stage["name"], f"{stage['seconds']:,.0f} s", stage["bound"], f"{stage['busy']:.0%}", *moved)
+    yield table
+    yield f"{cluster['hours']:,.2f} h, {cluster['gpu_hours']:,.1f} GPU-hours"
+    device = ", ".join(f"{name} {bytes_for_people(size)}" for name, size in cluster["device_bytes"].items())
+    there = "" if cluster["gpu_bytes"] is None else f" of {bytes_for_people(cluster['gpu_bytes'])}"
+    yield f"On a GPU{there}: {device}; a node's own memory {bytes_for_people(cluster['node_bytes'])}"
+    assumed = ", ".join(f"{name} {value:g}" for name, value in cluster["assumed"].items())
+    yield f"Assumed (see --assume): {assumed}"
+    yield from (f"Warning: {warning}" for warning in cluster["warnings"])
