@@ -26,6 +26,7 @@ from .sizes import Part, SlotSize, part_sizes, slot_sizes
 from .speed import measure_speed
 from .tables import tables
 from .timeline import Timeline, timeline
+from .training import TrainingCosts, TrainingPlan, student_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Plan:
         speed: FLOP/s measured here, each worker's; of a cluster that is planned for, those assumed of a GPU.
         problems: what a job would refuse, a line each; the plan is then of what it would take.
         cluster: hours, memory and bytes on the cluster that is planned for; None where it is this machine.
+        training: of the recipe's `distillation`; None where there is none.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Plan:
     speed: dict[str, float]
     problems: list[str]
     cluster: Timeline | None
+    training: TrainingPlan | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the totals of the parts."""
@@ -102,9 +105,15 @@ def make_plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         model = describe(skeleton, layers)
         result = outcome(skeleton.model, layers, recipe.method)
         parts = part_sizes(skeleton, layers, result.kept_parameters, num_predicting * model.largest_layer)
-    work = Workload(recipe, model, result, sum(part.bytes_after for part in parts), machine)
+    before, after = (sum(getattr(part, field) for part in parts) for field in ("num_bytes", "bytes_after"))
+    work = Workload(recipe, model, result, after, machine)
+    training = None
+    if recipe.distillation is not None:
+        student = student_of(skeleton.model, model, result, recipe.distillation, after)
+        training = TrainingCosts(recipe.distillation, student, model, before, machine)
     if machine is None:
-        speed = measure_speed(torch.float32, work.dtype, recipe.cluster.threads, recipe.cluster.device)
+        dtypes = [torch.float32, work.dtype, *([] if training is None else [training.dtype])]
+        speed = measure_speed(dtypes, recipe.cluster.threads, recipe.cluster.device)
     else:
         speed = machine.speed
         problems += _too_many_workers(recipe, machine)
@@ -130,7 +139,8 @@ def make_plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         seconds={name: work.seconds(name, count, speed) for name, count in flops.items()},
         speed=speed,
         problems=problems,
-        cluster=None if machine is None else timeline(work, machine, sum(part.num_bytes for part in parts)),
+        cluster=None if machine is None else timeline(work, machine, before),
+        training=None if training is None else training.plan(speed),
     )
 
 

@@ -119,7 +119,7 @@ def machine_of(gpu: str, num_gpus: int, assume: Sequence[str] = ()) -> Machine:
         assumed = _assume(assumed, text)
     if gpu == MEASURED:
         memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-        return Machine(gpu, num_gpus, memory, measure_speed(torch.float32, torch.bfloat16, 1, "auto"), assumed)
+        return Machine(gpu, num_gpus, memory, measure_speed((torch.float32, torch.bfloat16), 1, "auto"), assumed)
     peak = GPUS[gpu]
     speed = {
         "float32": peak.single * assumed.single,

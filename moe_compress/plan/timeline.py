@@ -135,15 +135,55 @@ def _warnings(work: Workload, machine: Machine, device: dict[str, int]) -> Itera
         "evaluation task": "lower evaluation.sequence_length, or take GPUs with more memory",
     }
     for process, size in device.items():
-        if machine.memory_bytes is not None and size > _USABLE * machine.memory_bytes:
-            yield (
-                f"{process}: {size / 1e9:,.0f} GB are more than {_USABLE:.0%} of the"
-                f" {machine.memory_bytes / 1e9:,.0f} GB of a {machine.gpu}; {cures[process]}"
-            )
+        yield from too_large(machine, process, size, cures[process])
     if work.num_batches < work.num_workers:
         yield (
             f"{work.num_batches} micro-batches keep at most {work.num_batches} of {work.num_workers} layer workers"
             " busy; lower calibration.batch_size, or give more text"
+        )
+
+
+def stage_time(
+    machine: Machine,
+    name: str,
+    *,
+    compute: float = 0.0,
+    busy_s: float = 0.0,
+    driver: float = 0.0,
+    storage: int = 0,
+    network: int = 0,
+    disk: int = 0,
+    nodes: int | None = None,
+) -> StageTime:
+    """What a stage takes.
+
+    Args:
+        machine: the cluster.
+        name: the stage.
+        compute: seconds of the process that computes longest; busy_s: of all GPUs on average.
+        driver: seconds of the driver.
+        storage, network, disk: bytes, of all nodes together.
+        nodes: that take part; None for all.
+    """
+    assumed, nodes = machine.assumed, nodes or machine.num_nodes
+    resources = {
+        "compute": compute,
+        "driver": driver,
+        "storage": storage / nodes / assumed.storage,
+        "network": network / nodes / assumed.network,
+        "disk": disk / nodes / assumed.disk,
+    }
+    bound = max(resources, key=lambda each: resources[each])
+    seconds = resources[bound]
+    return StageTime(name, seconds, bound, busy_s / seconds if seconds else 0.0, resources, storage, network, disk)
+
+
+def too_large(machine: Machine, process: str, size: int, cure: str) -> Iterator[str]:
+    """Says so if a process does not fit its GPU."""
+    if machine.memory_bytes is not None and size > _USABLE * machine.memory_bytes:
+        yield (
+            f"{process}: {size / 1e9:,.0f} GB are more than {_USABLE:.0%} of the {machine.memory_bytes / 1e9:,.0f} GB of"
+            f" a {machine.gpu}; {cure}"
         )
 
 
@@ -161,9 +201,8 @@ class _Stages:
     def __iter__(self) -> Iterator[StageTime]:
         yield self._prepare()
         yield self._calibrate()
-        directions = self.work.num_directions()
-        if directions:
-            yield self._stage("allocate", driver=self.work.passes * directions / self.machine.assumed.allocating)
+        if directions := self.work.passes * self.work.num_directions():
+            yield stage_time(self.machine, "allocate", driver=directions / self.machine.assumed.allocating)
         yield self._compress()
         yield self._assemble()
         if self.work.recipe.evaluation is not None:
@@ -173,7 +212,7 @@ class _Stages:
         """The digest: one node reads the original once, its cores side by side."""
         assumed = self.machine.assumed
         hashing = self.before / (assumed.checking * assumed.node_cores)
-        return self._stage("prepare", driver=hashing, storage=self.before, nodes=1)
+        return stage_time(self.machine, "prepare", driver=hashing, storage=self.before, nodes=1)
 
     def _calibrate(self) -> StageTime:
         """Model and statistics through the pipeline; weights twice a sweep, once where they stay; sums written once."""
@@ -181,7 +220,8 @@ class _Stages:
         chunks, batches, workers = work.num_chunks, work.num_batches, work.num_workers
         stretch = pipeline_units(chunks, batches, workers) * workers / (chunks * batches)
         sweeps = work.passes * (1 if chunks <= workers else 2)
-        return self._stage(
+        return stage_time(
+            self.machine,
             "calibrate",
             compute=self.calibrating * stretch,
             busy_s=self.calibrating * workers / self.machine.num_gpus,
@@ -198,7 +238,8 @@ class _Stages:
         stretch = ceil(units / gpus) * gpus / units
         is_twice = isinstance(work.recipe.method, D2MoE) or work.result.factorised is not None
         reads = (2 if is_twice else 1) * (work.passes * self.before + disk["statistics"])
-        return self._stage(
+        return stage_time(
+            self.machine,
             "compress",
             compute=self.compressing * stretch,
             busy_s=self.compressing,
@@ -209,7 +250,7 @@ class _Stages:
         """The driver takes the digest of every shard of the output, one after the other."""
         passes = self.work.passes
         hashing = passes * self.after / self.machine.assumed.hashing
-        return self._stage("assemble", driver=hashing, storage=passes * self.after, nodes=1)
+        return stage_time(self.machine, "assemble", driver=hashing, storage=passes * self.after, nodes=1)
 
     def _evaluate(self) -> StageTime:
         """Every process streams both checkpoints whole, for its share of the windows."""
@@ -218,29 +259,4 @@ class _Stages:
         compute = self.evaluating * self.machine.num_gpus / processes
         nodes = min(processes, self.machine.num_nodes)
         reads = processes * work.num_levels * (self.before + self.after)
-        return self._stage("evaluate", compute=compute, busy_s=self.evaluating, storage=reads, nodes=nodes)
-
-    def _stage(
-        self,
-        name: str,
-        *,
-        compute: float = 0.0,
-        busy_s: float = 0.0,
-        driver: float = 0.0,
-        storage: int = 0,
-        network: int = 0,
-        disk: int = 0,
-        nodes: int | None = None,
-    ) -> StageTime:
-        """A stage of so many seconds of computing (of all GPUs `busy_s` on average) and bytes."""
-        assumed, nodes = self.machine.assumed, nodes or self.machine.num_nodes
-        resources = {
-            "compute": compute,
-            "driver": driver,
-            "storage": storage / nodes / assumed.storage,
-            "network": network / nodes / assumed.network,
-            "disk": disk / nodes / assumed.disk,
-        }
-        bound = max(resources, key=lambda each: resources[each])
-        seconds = resources[bound]
-        return StageTime(name, seconds, bound, busy_s / seconds if seconds else 0.0, resources, storage, network, disk)
+        return stage_time(self.machine, "evaluate", compute=compute, busy_s=self.evaluating, storage=reads, nodes=nodes)
