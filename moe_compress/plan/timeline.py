@@ -182,8 +182,8 @@ def too_large(machine: Machine, process: str, size: int, cure: str) -> Iterator[
     """Says so if a process does not fit its GPU."""
     if machine.memory_bytes is not None and size > _USABLE * machine.memory_bytes:
         yield (
-            f"{process}: {size / 1e9:,.0f} GB are more than {_USABLE:.0%} of the {machine.memory_bytes / 1e9:,.0f} GB of"
-            f" a {machine.gpu}; {cure}"
+            f"{process}: {size / 1e9:,.0f} GB are more than {_USABLE:.0%} of the {machine.memory_bytes / 1e9:,.0f} GB"
+            f" of a {machine.gpu}; {cure}"
         )
 
 

@@ -315,11 +315,13 @@ class TrainingCosts:
             "validate": validated * forward,
         }
 
-    def _warnings(self, machine: Machine, device_bytes: int) -> Iterator[str]:
+    def _warnings(self, device_bytes: int) -> Iterator[str]:
+        if (machine := self.machine) is None:
+            return
         cure = "set deepspeed.gradient_checkpointing, lower micro_batch_size, or raise deepspeed.zero_stage"
         yield from too_large(machine, "training process", device_bytes, cure)
         if self.num_processes > machine.num_gpus:
-            yield f"distillation.deepspeed.processes: {self.num_processes} and there are {machine.num_gpus} GPUs; lower it"
+            yield f"deepspeed.processes: {self.num_processes} processes and {machine.num_gpus} GPUs; lower it"
 
     def _shared(self, num_bytes: int, from_stage: int) -> int:
         return ceil(num_bytes / self.num_processes) if self.stage >= from_stage else num_bytes
