@@ -222,9 +222,7 @@ class TrainingCosts:
             stages=stages,
             hours=hours,
             gpu_hours=None if hours is None else hours * self.num_processes,
-            warnings=[]
-            if self.machine is None
-            else list(self._warnings(self.machine, sum(memory.values()) - host_bytes)),
+            warnings=list(self._warnings(sum(memory.values()) - host_bytes)),
         )
 
     def memory_bytes(self) -> dict[str, int]:
