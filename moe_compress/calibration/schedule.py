@@ -172,10 +172,9 @@ class Schedule:
         """Whether nothing is left to do."""
         return not self._todo and not any(self.running.values())
 
-    @property
-    def num_left(self) -> int:
-        """Steps that are not done, as far as is known now."""
-        return len(self._todo) + sum(map(len, self.running.values()))
+    def left(self) -> set[Step]:
+        """The steps that are not done, as far as is known now."""
+        return self._todo.union(*self.running.values())
 
     def next(self) -> list[tuple[int, Step]]:
         """Steps to start now, each at its worker, whose steps run in the order they are given."""

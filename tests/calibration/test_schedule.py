@@ -85,7 +85,7 @@ class Cluster:
         for _ in range(100_000):
             if self.schedule.is_finished:
                 return
-            assert self.run_one(), f"stands still with {self.schedule.num_left} steps left"
+            assert self.run_one(), f"stands still with {len(self.schedule.left())} steps left"
         raise AssertionError("does not end")
 
 
@@ -139,7 +139,7 @@ def test_undisturbed_nothing_is_done_twice(shape: tuple[int, int, int, int]) -> 
     for node in range(num_workers):
         cluster.start(node)
     cluster.schedule.adopt()
-    total = cluster.schedule.num_left
+    total = len(cluster.schedule.left())
     cluster.finish()
     assert len(set(cluster.executed)) == len(cluster.executed) == total == cluster.schedule.num_done
 
@@ -152,7 +152,7 @@ def test_a_loss_costs_at_most_the_range_of_the_lost(node_too: bool, seed: int, m
     cluster = Cluster(schedule, random.Random(seed))
     for node in range(num_workers):
         cluster.start(node)
-    for _ in range(int(moment * schedule.num_left)):
+    for _ in range(int(moment * len(schedule.left()))):
         cluster.run_one()
     before = set(cluster.executed)
     victim = cluster.rng.randrange(num_workers)
