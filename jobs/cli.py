@@ -118,16 +118,26 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Plan for a cluster of so many GPUs.")] = None,
+    gpu: Annotated[str, typer.Option(help="Which: a100, h100, h200, b200, l40s, l4, or measured.")] = "h100",
+    assume: Annotated[
+        list[str] | None, typer.Option(help="Of the cluster, such as storage=5e9.", metavar="NAME=VALUE")
+    ] = None,
 ) -> None:
-    """Says what a recipe would do, from config and index alone."""
+    """Says what a recipe would do, from config and index alone, here or on a cluster."""
+    from moe_compress.errors import RecipeError
     from moe_compress.plan import make_plan
+    from moe_compress.plan.machine import machine_of
     from moe_compress.recipe import load_recipe
 
-    result = make_plan(load_recipe(recipe, overrides or []))
+    machine = None if gpus is None else machine_of(gpu, gpus, assume or [])
+    result = make_plan(load_recipe(recipe, overrides or []), machine)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
     else:
         result.show(Console())
+    if result.problems:
+        raise RecipeError(result.problems[0])
 
 
 @app.command()

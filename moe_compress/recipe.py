@@ -100,6 +100,11 @@ class Cluster(Part):
         threads: numerical threads of every worker and task. One number for all of them, because the order of
             floating-point sums, and so the bytes of the result, may depend on it.
         resident_layers: consecutive layers a worker holds at a time.
+        replicas: workers that share the micro-batches of each range of layers; their statistics are summed apart and
+            then together, so that the bytes of the result depend on this number, and on nobody's being there.
+        in_flight_gb: hidden states and gradients that the steps under way of all layer workers read and write together.
+        placement: `spread` puts layer workers on as many nodes as there are, `pack` on as few as have room.
+        gpus: GPUs of every worker and task, where the cluster has any; a fraction shares one.
         device: torch device of workers and tasks; `auto` is CUDA where there is one.
     """
 
@@ -108,6 +113,10 @@ class Cluster(Part):
     layer_workers: int | None = Field(None, ge=1)
     threads: int = Field(1, ge=1)
     resident_layers: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1)
+    in_flight_gb: float = Field(4.0, gt=0)
+    placement: Literal["spread", "pack"] = "spread"
+    gpus: float = Field(1.0, gt=0)
     device: str = "auto"
 
 

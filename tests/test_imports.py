@@ -44,11 +44,11 @@ ALLOWED = {
     "pipeline": {"checkpoint", "executor", "job", "progress", "stages"},
     "plan": {
         *("errors", "recipe", "recipe_fields", "method_options", "budget", "checkpoint", "model", "calibration"),
-        "methods",
+        *("methods", "distillation", "distillation_options"),
         *("stages", "report"),
     },
     "materialize": {"errors", "checkpoint", "model"},
-    "report": {"errors", "checkpoint", "model", "job", "stages"},
+    "report": {"errors", "recipe", "checkpoint", "model", "job", "stages"},
 }
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.cluster_cases import find_process, finish, hashes, start, write_model, write_recipe
 
 KILLS = int(os.environ.get("MOE_COMPRESS_KILLS", "1"))
-TITLES = {"layer worker": "ray::_LayerWorkerActor", "task worker": "ray::_run_unit"}
+TITLES = {"layer worker": "ray::LayerWorkerActor", "task worker": "ray::_run_unit"}
 
 
 @pytest.fixture(scope="module")

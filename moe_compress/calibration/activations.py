@@ -42,13 +42,16 @@ class ActivationStore:
 
     def pop(self, key: Hashable) -> Tensor:
         """The tensor under `key`, which is given up."""
-        if key in self._memory:
-            tensor = self._memory.pop(key)
-            self._used_bytes -= tensor.nbytes
-            return tensor
-        tensor = self._read(key)
-        self._disk.pop(key)[0].unlink()
+        tensor = self.get(key)
+        self.drop(key)
         return tensor
+
+    def drop(self, key: Hashable) -> None:
+        """Gives up the tensor under `key` unread."""
+        if key in self._memory:
+            self._used_bytes -= self._memory.pop(key).nbytes
+        else:
+            self._disk.pop(key)[0].unlink()
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._memory or key in self._disk

@@ -1,17 +1,21 @@
 """One worker of the calibration: runs its layers forward and backward and gathers their statistics.
 
-The layers are cut into chunks of consecutive layers, dealt to the workers in turn; a worker holds the weights of one
-chunk at a time. With chunks of one layer and two workers, one runs layer i on micro-batch j+1 while the other runs
-layer i+1 on micro-batch j, and memory is one layer each; with one chunk a worker, every worker owns one contiguous,
-resident range. In-process the same object runs everything itself: the bytes of the result cannot differ, because each
-statistic is summed by one worker in the order of the micro-batches.
+The layers are cut into chunks of consecutive layers; a worker holds the weights of one chunk at a time and does the
+steps it is given (schedule.py). With chunks of one layer and two workers, one runs layer i on micro-batch j+1 while the
+other runs layer i+1 on micro-batch j, and memory is one layer each; with one chunk a worker, every worker owns one
+contiguous, resident range. In-process the same object runs everything itself: the bytes of the result cannot differ,
+because each statistic is summed by one worker in the order of the micro-batches.
+
+Hidden states and gradients at the borders of chunks are handed in and out and kept by whoever runs the workers. Inside
+a chunk they stay in the worker's store; what is not there, for this worker took the place of another, is made again.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +39,7 @@ from ..model.streamer import (
 )
 from ..process import give_back
 from .activations import ActivationStore
+from .schedule import Step
 from .statistics import SAMPLE_TOKENS, LayerStatistics
 from .text import TokenBatch
 
@@ -55,7 +60,8 @@ class CalibrationSetup:
         full_grams: also sum the input Grams of the larger side.
         sampled_seed: seed of labels drawn from the model; None for the text's own.
         chunk_layers: layers a chunk.
-        num_workers: workers that share the chunks.
+        num_workers: workers that share the chunks, replicas among them.
+        num_groups: groups of micro-batches that are summed apart, and then together: one a replica.
         below: a compressed checkpoint of the original whose layers run the forward half, so that every layer of the
             original is observed on the hidden states that the compressed layers below it hand up; None for its own.
     """
@@ -72,7 +78,13 @@ class CalibrationSetup:
     sampled_seed: int | None
     chunk_layers: int
     num_workers: int
+    num_groups: int = 1
     below: Path | None = None
+
+    @property
+    def num_columns(self) -> int:
+        """Workers that share the chunks for one group; chunks are dealt to them in turn."""
+        return max(1, self.num_workers // self.num_groups)
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,94 +94,176 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+class TooEarly(Exception):
+    """A micro-batch's turn to be summed has not come; one before it failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the driver must know of a model.
+
+    Attributes:
+        chunks: names of the layers of each chunk.
+        chained: otherwise the model is one chunk, and only `backward` and what follows may be asked for.
+        token_bytes: size of the hidden states of a token.
+    """
+
+    chunks: list[list[str]]
+    chained: bool
+    token_bytes: int
+
+
 def statistics_path(folder: Path, experts_path: str) -> Path:
     """The statistics file of the experts module at `experts_path`."""
     return folder / f"{experts_path}.safetensors"
 
 
-class LayerWorker:
-    """Worker `index` of `setup.num_workers`.
+def _part_path(folder: Path, experts_path: str, group: int) -> Path:
+    """What one group of micro-batches adds to the statistics."""
+    return folder / f".{experts_path}.{group}.part"
 
-    Driver's protocol, in this order: `forward` of every chunk and micro-batch, `loss` of every micro-batch on the
-    worker of the last chunk, `backward` of every chunk from the last to the first, `finish` after each. Hidden states
-    and gradients are passed only between workers: a chunk whose neighbour is on the same worker takes them from its
-    own store and returns None.
+
+class LayerWorker:
+    """Does the steps of one calibration that it is given.
+
+    Args:
+        setup: the calibration.
     """
 
-    def __init__(self, setup: CalibrationSetup, index: int = 0) -> None:
-        self.setup, self.index = setup, index
+    def __init__(self, setup: CalibrationSetup) -> None:
+        self.setup = setup
         self.batches = list(TokenBatch.load(setup.tokens).batches(setup.batch_size))
         skeleton = Skeleton(CheckpointReader(setup.checkpoint), setup.dtype, pick_device(setup.device))
         self.skeleton = skeleton
         self.streamer = LayerStreamer(skeleton, self._inputs(0))
         self.forward_skeleton = skeleton if setup.below is None else self._open(setup.below)
-        names, size = self.streamer.names, setup.chunk_layers
+        names = self.streamer.names
+        size = setup.chunk_layers if self.streamer.chained else len(names)
         self.chunks = [names[i : i + size] for i in range(0, len(names), size)]
         self.moe = {layer.path: layer for layer in skeleton.moe_layers()}
-        self.store = ActivationStore(setup.scratch / f"{index}-{os.getpid()}", setup.activation_bytes)
-        self.statistics: dict[str, LayerStatistics] = {}
+        self.store = ActivationStore(setup.scratch / secrets.token_hex(8), setup.activation_bytes)
+        self.statistics: dict[tuple[str, int], LayerStatistics] = {}
+        self._next: Counter[tuple[int, int]] = Counter()
         self._loaded: tuple[Skeleton, int] | None = None
         self._traced: tuple[int, Trace] | None = None
 
-    def describe(self) -> tuple[int, bool]:
-        """(number of chunks, whether the model is chained; otherwise only `drive` may be used)."""
-        return len(self.chunks), self.streamer.chained
+    def describe(self) -> Description:
+        """The chunks and what goes between them."""
+        width: int = self.skeleton.model.config.get_text_config().hidden_size
+        return Description(self.chunks, self.streamer.chained, width * self.skeleton.dtype.itemsize)
 
-    def forward(self, chunk: int, batch: int, hidden: Tensor | None) -> Tensor | None:
-        """Runs one chunk on one micro-batch; `hidden` is None for the first chunk or if it is here already."""
-        self._enter(self.forward_skeleton, chunk, chunk + self.setup.num_workers)
+    def run(self, step: Step, values: Sequence[Tensor]) -> tuple[Tensor | None, list[str]]:
+        """Does one step.
+
+        Args:
+            step: what.
+            values: what it needs, as `Schedule.needs` lists them.
+
+        Returns:
+            What it makes, if others may need it, and the paths of the experts whose statistics are on disk now.
+
+        Raises:
+            TooEarly: the sums of a step before this one were not taken.
+        """
+        kind, chunk, part = step
+        values = [value.to(self.skeleton.device) for value in values]
+        if kind == "forward":
+            return self._forward(chunk, part, *values), []
+        if kind == "loss":
+            return self._loss(part, *values), []
+        if kind == "gradient":
+            return self._backward(chunk, part, values, summed=False), []
+        if kind == "backward":
+            group = part % self.setup.num_groups
+            if self._next[chunk, group] != part // self.setup.num_groups:
+                raise TooEarly(str(step))
+            made = None
+            if self.streamer.chained:
+                made = self._backward(chunk, part, values, summed=True)
+            else:
+                self._drive(part)
+            self._next[chunk, group] += 1
+            return made, []
+        return None, self._finish(chunk, part) if kind == "finish" else self._merge(chunk)
+
+    def _forward(self, chunk: int, batch: int, hidden: Tensor | None = None) -> Tensor:
+        """Runs one chunk on one micro-batch; the first one begins with the text."""
+        self._enter(self.forward_skeleton, chunk, chunk + self.setup.num_columns)
         trace = self._trace(batch)
-        if chunk == 0:
+        if hidden is None:
             hidden = trace.hidden
-        elif hidden is None:
-            hidden = self.store.get((self.chunks[chunk][0], batch))
         for call in self._calls(trace, chunk):
-            assert hidden is not None
-            if (call.name, batch) not in self.store:
+            if call.name != self.chunks[chunk][0] and (call.name, batch) not in self.store:
                 self.store.put((call.name, batch), hidden)
             with torch.no_grad():
                 hidden = self.forward_skeleton.layers[call.name](hidden, *call.args, **call.kwargs)
-        return self._hand_on(hidden, chunk + 1, batch)
+        assert hidden is not None
+        return hidden
 
-    def loss(self, batch: int) -> float:
-        """Summed loss of one micro-batch; the gradient of the last layer's output stays here."""
-        leaf = self.store.pop(("end", batch)).detach().requires_grad_()
+    def _loss(self, batch: int, hidden: Tensor) -> Tensor:
+        """The gradient of the summed loss of one micro-batch with respect to the last layer's output."""
+        leaf = hidden.detach().requires_grad_()
         inputs = self._inputs(batch)
         with torch.enable_grad():
             total = self._loss_function(batch)(self.streamer.head(inputs, leaf), inputs)
         (grad,) = torch.autograd.grad(total, leaf)
-        self.store.put(("grad", batch), grad)
-        return total.item()
+        return grad
 
-    def backward(self, chunk: int, batch: int, grad: Tensor | None) -> Tensor | None:
+    def _backward(self, chunk: int, batch: int, values: Sequence[Tensor], summed: bool) -> Tensor | None:
         """Recomputes one chunk on one micro-batch, gathers its statistics, gives the gradient of its input."""
-        self._enter(self.skeleton, chunk, chunk - self.setup.num_workers)
+        *below, grad = values
+        names = self.chunks[chunk]
+        if any((name, batch) not in self.store for name in names[1:]):
+            self._forward(chunk, batch, *below)
+        self._enter(self.skeleton, chunk, chunk - self.setup.num_columns)
         give_back()
-        if grad is None:
-            grad = self.store.pop(("grad", batch))
-        for call in reversed(self._calls(self._trace(batch), chunk)):
-            hidden = self.store.pop((call.name, batch))
-            with self._observed(call.name, batch):
-                (below,) = self.streamer.vjp(call, hidden, grad, [])
-            assert below is not None
-            grad = below
-        return None if chunk == 0 else self._keep_grad(grad, chunk - 1, batch)
+        trace = self._trace(batch)
+        first = below[0] if below else trace.hidden
+        for call in reversed(self._calls(trace, chunk)):
+            hidden = first if call.name == names[0] else self.store.pop((call.name, batch))
+            with self._observed(call.name, batch) if summed else nullcontext():
+                (grad_below,) = self.streamer.vjp(call, hidden, grad, [])
+            assert grad_below is not None
+            grad = grad_below
+        return grad if chunk else None
 
-    def drive(self, batch: int) -> float:
-        """The whole forward and backward of one micro-batch, for models that are not chained; summed loss."""
-        loss = self.streamer.drive_backward(
+    def _drive(self, batch: int) -> None:
+        """The whole forward and backward of one micro-batch, for models that are not chained."""
+        self.streamer.drive_backward(
             self._inputs(batch),
             self._loss_function(batch),
             lambda name: self._observed(name, batch),
         )
-        return float(loss)
 
-    def finish(self, chunk: int | None = None) -> list[str]:
-        """Writes the statistics of a chunk's MoE layers (of all, after `drive`); returns their paths."""
-        layers = self.streamer.names if chunk is None else self.chunks[chunk]
-        done = [path for path in self.statistics if self.skeleton.owner(path) in layers]
-        for path in done:
-            self.statistics.pop(path).save(statistics_path(self.setup.statistics, path))
+    def _finish(self, chunk: int, group: int) -> list[str]:
+        """Writes the sums of a chunk's MoE layers; those of one group of several wait to be merged."""
+        folder = self.setup.statistics
+        mine = [key for key in self.statistics if self.skeleton.owner(key[0]) in self.chunks[chunk] and key[1] == group]
+        alone = self.setup.num_groups == 1
+        for path, _ in mine:
+            target = statistics_path(folder, path) if alone else _part_path(folder, path, group)
+            self.statistics[path, group].save(target)
+        for key in mine:
+            del self.statistics[key]
+        return [path for path, _ in mine] if alone else []
+
+    def _merge(self, chunk: int) -> list[str]:
+        """Adds up what the groups saw of a chunk's MoE layers, in their order."""
+        folder, done = self.setup.statistics, []
+        for path, layer in self.moe.items():
+            if self.skeleton.owner(path) not in self.chunks[chunk]:
+                continue
+            parts = [_part_path(folder, path, group) for group in range(self.setup.num_groups)]
+            files = [file for file in parts if file.exists()]
+            if files and not statistics_path(folder, path).exists():  # else whoever merged them died right after
+                total = LayerStatistics.load(layer, files[0])
+                for file in files[1:]:
+                    total.merge(LayerStatistics.load(layer, file))
+                total.save(statistics_path(folder, path))
+            if statistics_path(folder, path).exists():
+                done.append(path)
+            for file in files:
+                file.unlink()
         return done
 
     # --- internals -----------------------------------------------------------------------------------------
@@ -191,8 +285,7 @@ class LayerWorker:
         return sampled_nll(torch.Generator().manual_seed(seed * 1_000_003 + batch))
 
     def _calls(self, trace: Trace, chunk: int) -> list[LayerCall]:
-        start = chunk * self.setup.chunk_layers
-        return trace.calls[start : start + len(self.chunks[chunk])]
+        return [call for call in trace.calls if call.name in self.chunks[chunk]]
 
     def _trace(self, batch: int) -> Trace:
         """What the layers are called with; recomputed because keeping it would hold a mask a micro-batch."""
@@ -216,25 +309,6 @@ class LayerWorker:
             for name in self.chunks[following]:
                 skeleton.prefetch(name)
 
-    def _is_mine(self, chunk: int) -> bool:
-        return chunk % self.setup.num_workers == self.index
-
-    def _hand_on(self, hidden: Tensor | None, following: int, batch: int) -> Tensor | None:
-        assert hidden is not None
-        if following == len(self.chunks):
-            self.store.put(("end", batch), hidden)
-            return None
-        if self._is_mine(following):
-            self.store.put((self.chunks[following][0], batch), hidden)
-            return None
-        return hidden
-
-    def _keep_grad(self, grad: Tensor, chunk: int, batch: int) -> Tensor | None:
-        if not self._is_mine(chunk):
-            return grad
-        self.store.put(("grad", batch), grad)
-        return None
-
     @contextmanager
     def _observed(self, name: str, batch: int) -> Iterator[None]:
         """Watches the MoE layers inside one decoder layer and adds what they saw to their statistics."""
@@ -248,7 +322,7 @@ class LayerWorker:
         for observer in observers:
             seen = observer.take(None if bool(mask.all()) else mask.flatten())
             if seen is not None:
-                self._sums(observer.layer).update(seen, *mask.shape)
+                self._sums(observer.layer, batch % self.setup.num_groups).update(seen, *mask.shape)
 
     def _mask(self, name: str, tokens: TokenBatch) -> Tensor:
         """(B, S) which tokens of a decoder (or encoder) layer are no padding."""
@@ -258,12 +332,10 @@ class LayerWorker:
         experts = self.skeleton.model.get_submodule(layer.path)
         return ExpertObserver(layer, experts, self.skeleton.model.get_submodule(layer.path.rpartition(".")[0]))
 
-    def _sums(self, layer: MoELayer) -> LayerStatistics:
-        if layer.path not in self.statistics:
+    def _sums(self, layer: MoELayer, group: int) -> LayerStatistics:
+        key = layer.path, group
+        if key not in self.statistics:
             name = self.skeleton.owner(layer.path)
             stride = -(-sum(int(self._mask(name, batch).sum()) for batch in self.batches) // SAMPLE_TOKENS)
-            self.statistics[layer.path] = LayerStatistics(layer, self.setup.full_grams, self.skeleton.device, stride)
-        return self.statistics[layer.path]
-
-
-Call = Callable[..., object]
+            self.statistics[key] = LayerStatistics(layer, self.setup.full_grams, self.skeleton.device, stride)
+        return self.statistics[key]

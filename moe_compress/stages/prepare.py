@@ -50,6 +50,7 @@ class Prepared:
             "method": self.recipe.method.model_dump(mode="json", exclude={"preset"}),
             "calibration": calibration | {"tokens": self.calibration_tokens.stem},
             "threads": self.recipe.cluster.threads,
+            "replicas": self.recipe.cluster.replicas,
         }
 
 
@@ -227,7 +228,7 @@ def statistics_place(job: Job, recipe: Recipe, source_digest: str, tokens: Path)
     """The folder of the statistics that a recipe asks for; every method and ratio on the same text shares it."""
     text = recipe.calibration
     made_from = (source_digest, tokens.stem, text.batch_size, text.dtype, sums_full_grams(recipe), sampled_seed(recipe))
-    return job.place("statistics", *made_from, recipe.cluster.threads)
+    return job.place("statistics", *made_from, recipe.cluster.threads, recipe.cluster.replicas)
 
 
 def first_pass(job: Job, prepared: Prepared) -> Prepared:

@@ -26,8 +26,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from moe_compress.calibration.schedule import Kind, Step
 from moe_compress.calibration.text import TokenBatch
 from moe_compress.calibration.worker import CalibrationSetup, LayerWorker
 from moe_compress.model.discovery import MoELayer
@@ -134,10 +136,16 @@ def _start(label: str, setup: CalibrationSetup) -> None:
 
 
 def _sweep(batch: int) -> dict[str, tuple[float, float]]:
+    values: list[Tensor] = []
+
+    def run(kind: Kind) -> None:
+        made, _ = _worker.run(Step(kind, 0, batch), values)
+        values[:] = [] if made is None else [made]
+
     return {
-        "forward": _timed(lambda: _worker.forward(0, batch, None)),
-        "loss": _timed(lambda: _worker.loss(batch)),
-        "backward": _timed(lambda: _worker.backward(0, batch, None)),
+        "forward": _timed(lambda: run("forward")),
+        "loss": _timed(lambda: run("loss")),
+        "backward": _timed(lambda: run("backward")),
     }
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.calibration import worker
+from moe_compress.calibration.schedule import Schedule, Value
 from moe_compress.calibration.statistics import SAMPLED, LayerStatistics, is_gram
 from moe_compress.calibration.text import TokenBatch
 from moe_compress.calibration.worker import CalibrationSetup, LayerWorker, statistics_path
 from moe_compress.errors import CalibrationError
 from moe_compress.model.discovery import MoELayer
+from moe_compress.model.driven import Inputs, LossFunction
 from moe_compress.model.grouped import RowLayout
 from moe_compress.model.observer import RoutedTokens
 from tests.calibration.brute_force import Sums, brute_force
@@ -69,25 +71,47 @@ def make_setup(checkpoint: Path, folder: Path, tokens: TokenBatch, **changes: An
     return replace(setup, **changes)
 
 
+class ListeningWorker(LayerWorker):
+    """Remembers the loss of each micro-batch."""
+
+    def __init__(self, setup: CalibrationSetup) -> None:
+        super().__init__(setup)
+        self.losses: list[float] = []
+
+    def _loss_function(self, batch: int) -> LossFunction:
+        function = super()._loss_function(batch)
+
+        def loss(logits: Tensor, inputs: Inputs) -> Tensor:
+            total = function(logits, inputs)
+            self.losses.append(total.item())
+            return total
+
+        return loss
+
+
 def calibrate(setup: CalibrationSetup) -> tuple[float, Sums]:
-    """The driver's protocol; the summed loss, and the statistics read back from their files."""
-    workers = [LayerWorker(setup, i) for i in range(setup.num_workers)]
-    num_chunks, chained = workers[0].describe()
-    assert chained
-    owner = [workers[chunk % setup.num_workers] for chunk in range(num_chunks)]
-    batches = range(len(workers[0].batches))
-    handed: list[Tensor | None] = [None for _ in batches]
-    for chunk in range(num_chunks):
-        handed = [owner[chunk].forward(chunk, b, handed[b]) for b in batches]
-    loss = sum(owner[-1].loss(b) for b in batches)
-    handed = [None for _ in batches]
+    """The steps of the schedule, in an order that it allows; the summed loss, and the statistics from their files."""
+    workers = [ListeningWorker(setup) for _ in range(setup.num_workers)]
+    model = workers[0].describe()
+    assert model.chained
+    schedule = Schedule(len(model.chunks), [1] * len(workers[0].batches), setup.num_workers, setup.num_groups)
+    for index in range(setup.num_workers):
+        schedule.join(index)
+    values: dict[Value, Tensor] = {}
     found: Sums = {}
-    for chunk in reversed(range(num_chunks)):
-        handed = [owner[chunk].backward(chunk, b, handed[b]) for b in batches]
-        for path in owner[chunk].finish(chunk):
-            layer = owner[chunk].moe[path]
+    while not schedule.is_finished:
+        schedule.next()
+        index = next(index for index, steps in schedule.running.items() if steps)
+        step = schedule.running[index][0]
+        made, paths = workers[index].run(step, [values[value] for value in schedule.needs(step)])
+        if (value := schedule.makes(step)) is not None and made is not None:
+            values[value] = made
+        for value in schedule.done(index, step):
+            del values[value]
+        for path in paths:
+            layer = workers[index].moe[path]
             found[path] = unpacked(LayerStatistics.load(layer, statistics_path(setup.statistics, path)))
-    return loss, found
+    return sum(sum(worker.losses) for worker in workers), found
 
 
 def unpacked(statistics: LayerStatistics) -> dict[str, Tensor]:

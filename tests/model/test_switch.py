@@ -23,6 +23,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from moe_compress.calibration.pairs import calibration_pairs
+from moe_compress.calibration.schedule import Step
 from moe_compress.calibration.statistics import LayerStatistics, is_gram
 from moe_compress.calibration.text import TokenBatch
 from moe_compress.calibration.worker import CalibrationSetup, LayerWorker, statistics_path
@@ -236,11 +237,10 @@ def test_statistics_are_those_of_whole_model_hooks(stock: Any, folder: Path, bat
     )
     setup.statistics.mkdir()
     worker = LayerWorker(setup)
-    _, chained = worker.describe()
-    assert not chained
+    assert not worker.describe().chained
     for index in range(len(worker.batches)):
-        worker.drive(index)
-    assert set(worker.finish()) == set(worker.moe)
+        worker.run(Step("backward", 0, index), [])
+    assert set(worker.run(Step("finish", 0, 0), [])[1]) == set(worker.moe)
     expected = watch_whole_model(deepcopy(stock), batch)  # the whole text as one micro-batch, all columns there
     for path, layer in worker.moe.items():
         found, record = LayerStatistics.load(layer, statistics_path(setup.statistics, path)), expected[path]
