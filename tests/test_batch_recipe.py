@@ -22,7 +22,7 @@ DEFAULTS = {
 
 def entries(*jobs: dict[str, Any], **batch: Any) -> dict[str, Entry]:
     """The jobs by name; nothing may be wrong."""
-    found, problems = expand(parse_batch({"defaults": DEFAULTS, "jobs": list(jobs), **batch}), FOLDER)
+    found, problems = expand(parse_batch({"defaults": DEFAULTS, "jobs": list(jobs)} | batch), FOLDER)
     assert problems == []
     return {entry.name: entry for entry in found}
 
@@ -64,6 +64,9 @@ def test_job_folders_are_shared_by_model_and_calibration_alone() -> None:
 def test_another_method_keeps_nothing_of_the_default_one() -> None:
     found = entries(job("merged", method={"name": "msmoe", "ratio": 0.5}))
     assert found["merged"].recipe.method.name == "msmoe"  # which knows no damping
+    method = {"name": "d2moe", "ratio": 0.4}
+    found = entries(job("a", method=method), defaults=DEFAULTS | {"method": {"damping": 0.25}})
+    assert found["a"].recipe.method.damping == 0.25
 
 
 def test_outputs_by_template() -> None:

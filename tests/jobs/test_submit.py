@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.submission import JobServer
 from jobs import cli
-from jobs.submit import resolve
+from jobs.submit import resolve, resolve_batch
+from moe_compress.batch_recipe import expand, parse_batch
 from moe_compress.errors import RecipeError
 from moe_compress.recipe import load_recipe, parse_recipe
 from moe_compress.report.status import read_status
@@ -170,10 +171,10 @@ def test_ctrl_c_leaves_the_job_alone(cluster: Loopback, call: Call, tmp_path: Pa
 @pytest.mark.slow
 def test_who_is_refused(call: Call, tmp_path: Path, model: Path, text_file: Path) -> None:
     recipe = str(write_recipe(tmp_path / "recipe.yaml", model, text_file, tmp_path / "out", {}))
-    for token in ("0" * 64, " "):
+    for token, said in (("0" * 64, "Authentication failed"), (" ", "Token authentication is enabled but ")):
         code, out, error = call(recipe, token=token)
         assert (code, out) == (2, "")
-        assert "refused (Authentication failed" in error
+        assert f"refused ({said}" in error
         assert error.endswith("set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token")
     code, out, error = call("--follow", "nothing")
     assert (code, out) == (2, "")
@@ -303,3 +304,31 @@ def test_trainings_are_sent_with_what_makes_their_student(tmp_path: Path, model:
         patch.chdir(tmp_path)
         with pytest.raises(RecipeError, match="teacher: 'org/teacher' is relative"):
             resolve("distill", path, alone, None)
+
+
+def test_batches_are_sent_with_every_recipe_written_out(tmp_path: Path, model: Path, text_file: Path) -> None:
+    manifest: dict[str, Any] = {
+        "folder": str(tmp_path / "many"),
+        "defaults": {"calibration": {"text": str(text_file)}, "cluster": {"local": True, "layer_workers": 1}},
+        "jobs": [{"name": "a", "model": str(model), "method": {"name": "d2moe"}, "ratios": [0.4, 0.6]}],
+    }
+    path = tmp_path / "many.yaml"
+    path.write_text(yaml.safe_dump(manifest))
+    folder, text = resolve_batch(path, ["max_parallel=2"], None)
+    here, _ = expand(parse_batch(manifest), tmp_path / "many")
+    sent, problems = expand(parse_batch(yaml.safe_load(text)), Path(folder))
+    assert problems == []
+    assert [entry.name for entry in sent] == ["a-0.4", "a-0.6"]
+    for mine, its in zip(here, sent, strict=True):
+        assert its.recipe.cluster.address == "auto"
+        assert not its.recipe.cluster.local
+        assert its.recipe.model_copy(update={"cluster": mine.recipe.cluster}) == mine.recipe
+    for override, said in (
+        ("folder=many", "folder: many is no path from the root"),
+        ("jobs.0=x", "--set"),
+        ("defaults.calibration.text=a.txt", "job a-0.4: calibration.text: 'a.txt' is relative"),
+        ("defaults.method.ranks=3", "job a-0.4: method.ranks"),
+    ):
+        with pytest.raises(RecipeError) as refused:
+            resolve_batch(path, [override], None)
+        assert str(refused.value).startswith(said)
