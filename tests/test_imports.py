@@ -48,7 +48,7 @@ ALLOWED = {
         *("stages", "report"),
     },
     "materialize": {"errors", "checkpoint", "model"},
-    "report": {"errors", "checkpoint", "model", "job", "stages"},
+    "report": {"errors", "recipe", "checkpoint", "model", "job", "stages"},
 }
 
 
