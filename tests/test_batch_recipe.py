@@ -52,11 +52,12 @@ def test_job_folders_are_shared_by_model_and_calibration_alone() -> None:
         job("merged", method={"name": "msmoe", "ratio": 0.5}),
         job("other-text", calibration={"text": "b.txt"}),
         job("other-model", model="org/qwen"),
+        job("same-name", model="other/mixtral"),
         job("own", job_dir="/elsewhere"),
     )
     folder = {name: entry.recipe.job_path for name, entry in found.items()}
     assert folder["a"] == folder["merged"]
-    assert len(set(folder.values())) == 4
+    assert len(set(folder.values())) == 5
     assert folder["own"] == Path("/elsewhere")
     assert found["other-text"].recipe.calibration.num_sequences == 4
 

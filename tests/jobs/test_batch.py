@@ -222,7 +222,7 @@ def test_interrupted_it_leaves_nothing_running(
     monkeypatch.setattr(batch.time, "sleep", interrupt)
     assert call(monkeypatch, str(write(tmp_path, manifest))) == 1
     assert "interrupted; run the same command again" in capfd.readouterr().err
-    assert stub.running[0][1].poll() is not None
+    assert stub.running[0][1].poll() == -signal.SIGTERM
     assert summary(tmp_path / "many")["a-0.4"]["status"] == "waiting"
 
 
