@@ -49,7 +49,7 @@ def _job_view(status: Status) -> RenderableType:
     table.add_row("state", Text(state if status.reason is None else f"{state}: {status.reason}"))
     if status.num_runs:
         where = f"{status.command}, process {status.process} on {status.host}, {_duration(now - status.started_s)}"
-        table.add_row("run", Text(where + (f", the {status.num_runs}th" if status.num_runs > 3 else "")))
+        table.add_row("run", Text(where))
     current = status.current
     if current is not None:
         table.add_row("stage", Text(_stage_line(current)))
