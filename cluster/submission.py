@@ -58,7 +58,7 @@ class JobServer:
             self._client = JobSubmissionClient(address)
             logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # says when it hangs up
         except AuthenticationError as error:
-            said = str(error).splitlines()[0]
+            said = re.split(r"[.\n]", str(error))[0]
             raise RecipeError(
                 f"--address {address}: refused ({said}); set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token"
             ) from error

@@ -75,7 +75,7 @@ def submit(
         str,
         typer.Option(help="URL of the cluster's dashboard.", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"]),
     ] = "http://127.0.0.1:8265",
-    command: Annotated[str, typer.Option(help="compress or distill.")] = "compress",
+    command: Annotated[str, typer.Option(help="compress, distill, or batch for a manifest.")] = "compress",
     submission_id: Annotated[str | None, typer.Option(help="Name of the job; else made from the recipe.")] = None,
     working_dir: Annotated[Path | None, typer.Option(help="A folder to send along, for texts.")] = None,
     runtime_env: Annotated[Path | None, typer.Option(help="Ray's runtime environment, YAML.")] = None,

@@ -9,25 +9,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from rich.console import Console
 
+from moe_compress.batch_recipe import expand, parse_batch
 from moe_compress.checkpoint.reader import CheckpointReader
 from moe_compress.errors import JobFailed, MoECompressError, RecipeError
 from moe_compress.job import digest_of
-from moe_compress.recipe import JobRecipe, Recipe, Training, load_recipe, load_training
+from moe_compress.recipe import JobRecipe, Recipe, Training, load_recipe, load_training, read_recipe
 from moe_compress.recipe_fields import TaskSource, Text
 from moe_compress.stages.prepare import open_original
 
 if TYPE_CHECKING:
     from cluster.submission import JobServer
 
-COMMANDS = ("compress", "distill")
+COMMANDS = ("compress", "distill", "batch")
 """What can be submitted; each is a module of this package."""
 
 _END_OF_RECIPE = "END_OF_RECIPE"
+
+SomeRecipe = TypeVar("SomeRecipe", bound=JobRecipe)
 
 
 def submit(
@@ -44,7 +47,7 @@ def submit(
     """Submits a recipe, or follows it if it runs already.
 
     Args:
-        path, overrides: the recipe.
+        path, overrides: the recipe, or the manifest of a batch.
         address: URL of the job server.
         console: where the job's lines go.
         command: of `COMMANDS`.
@@ -59,11 +62,15 @@ def submit(
     """
     if command not in COMMANDS:
         raise RecipeError(f"--command {command}: not one of {', '.join(COMMANDS)}; give one of them")
-    recipe = resolve(command, path, overrides, working_dir)
+    if command == "batch":
+        output, text = resolve_batch(path, overrides, working_dir)
+    else:
+        recipe = resolve(command, path, overrides, working_dir)
+        output, text = recipe.output, recipe.to_yaml()
     environment = _environment(runtime_env, working_dir)
-    entrypoint = f"python -m jobs.{command} - <<'{_END_OF_RECIPE}'\n{recipe.to_yaml()}{_END_OF_RECIPE}"
+    entrypoint = f"python -m jobs.{command} - <<'{_END_OF_RECIPE}'\n{text}{_END_OF_RECIPE}"
     if name is None:
-        called = re.sub(r"[^\w-]+", "-", recipe.output.rstrip("/").rsplit("/", 1)[-1])
+        called = re.sub(r"[^\w-]+", "-", output.rstrip("/").rsplit("/", 1)[-1])
         name = f"{called}-{digest_of(entrypoint)[:8]}"
     server = connect(address)
     submission_id, is_new = server.submit(name, entrypoint, environment)
@@ -126,7 +133,7 @@ def _what_now(submission_id: str, address: str) -> str:
 
 
 def resolve(command: str, path: Path, overrides: Sequence[str], working_dir: Path | None) -> JobRecipe:
-    """The recipe as it is sent: checked as far as it can be here, and for the cluster that it is sent to.
+    """The recipe of a job as it is sent, checked as far as it can be here.
 
     Raises:
         RecipeError, CheckpointError: one line each.
@@ -137,6 +144,39 @@ def resolve(command: str, path: Path, overrides: Sequence[str], working_dir: Pat
     else:
         made_by, training = load_training(path, overrides)
         recipe = made_by or training
+    return _sent(recipe, working_dir)
+
+
+def resolve_batch(path: Path, overrides: Sequence[str], working_dir: Path | None) -> tuple[str, str]:
+    """(its folder, the manifest as it is sent: every recipe written out).
+
+    Raises:
+        RecipeError, CheckpointError: one line each.
+    """
+    batch = parse_batch(read_recipe(path, overrides))
+    if batch.folder is None or _is_relative(batch.folder):
+        raise RecipeError(
+            f"folder: {batch.folder} is no path from the root, and the batch runs in a folder of its own; give one that"
+            " every node of the cluster sees"
+        )
+    entries, problems = expand(batch, Path(batch.folder))
+    if problems:
+        raise RecipeError("; ".join(problems))
+    jobs = []
+    for entry in entries:
+        try:
+            jobs.append({"name": entry.name, **_sent(entry.recipe, working_dir).model_dump(mode="json")})
+        except RecipeError as error:
+            raise RecipeError(f"job {entry.name}: {error}") from error
+    sent = {"folder": batch.folder, "max_parallel": batch.max_parallel, "jobs": jobs}
+    _, problems = expand(parse_batch(sent), Path(batch.folder))
+    if problems:
+        raise RecipeError("; ".join(problems))
+    return batch.folder, yaml.safe_dump(sent, sort_keys=False)
+
+
+def _sent(recipe: SomeRecipe, working_dir: Path | None) -> SomeRecipe:
+    """A recipe for the cluster that it is sent to."""
     _check_paths(recipe, working_dir)
     model = Path(recipe.model)
     if isinstance(recipe, Recipe) and model.is_dir():

@@ -126,11 +126,16 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     found = dict(below)
     for key, value in above.items():
         old = found.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
+        if isinstance(old, dict) and isinstance(value, dict) and not _are_two(old, value):
             found[key] = _merged(old, value)
         else:
             found[key] = value
     return found
+
+
+def _are_two(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether they are named, and differently."""
+    return "name" in old and "name" in new and old["name"] != new["name"]
 
 
 def _shared_folder(recipe: Recipe, folder: Path) -> Path:

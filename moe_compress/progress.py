@@ -1,7 +1,7 @@
 """One progress line for the stage that runs, its events in the job folder, and whoever else watches.
 
-Events of a run: `run_start`, for each stage `stage_start`, now and then `progress`, `stage_end`, at last `run_end` or
-`run_failed`; neither of both where the process was killed.
+Events of a run: `run_start`, for each stage `stage_start`, now and then `progress`, `stage_end`, at last `run_end`,
+`run_failed` or `run_stopped`; none of these where the process was killed.
 """
 
 from __future__ import annotations
@@ -140,10 +140,14 @@ class Reporter:
         self.event("run_start", command=command, process=os.getpid(), host=socket.gethostname())
         try:
             yield
-        except BaseException as error:
+        except Exception as error:
             with suppress(OSError):  # a refused job's folder is gone; a full disk has been told of
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self.event("run_failed", reason=reason, exit_code=getattr(error, "exit_code", 1))
+            raise
+        except BaseException:  # Ctrl-C, or SIGTERM, of which Ray makes an exit
+            with suppress(OSError):
+                self.event("run_stopped")
             raise
         self.event("run_end")
 

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import PreTrainedModel
 
 from jobs import cli
+from moe_compress.batch_recipe import expand, parse_batch
 from tests.conftest import Checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,10 @@ PLACEHOLDERS = {
     "]": "",
 }
 """What the table of commands leaves open -> what it is here, once the recipe has run."""
+
+
+ELSEWHERE = ("submit", "batch")
+"""Commands that need a cluster, or make processes of their own; tests/jobs runs them."""
 
 
 def block(language: str) -> str:
@@ -73,7 +79,7 @@ def folder(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training += "  validation_sequences: 2\n"
     (folder / "distill.yaml").write_text(recipe + training)
     for line in INDENTED:
-        if line.startswith("moe-compress"):
+        if line.startswith("moe-compress") and line.split()[1] not in ELSEWHERE:
             run(line, folder)
     return folder
 
@@ -91,7 +97,17 @@ def test_the_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["model"].config.model_type == "mixtral"
 
 
-@pytest.mark.parametrize("line", TABLE)
+def test_the_batch(folder: Path) -> None:
+    (manifest,) = re.findall(r"^```\n(defaults:\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for given, here in {"mistralai/Mixtral-8x7B-v0.1": "model", "Qwen/Qwen3-30B-A3B": "model", "2048": "16"}.items():
+        assert manifest.count(given) == 1
+        manifest = manifest.replace(given, here)
+    entries, problems = expand(parse_batch(yaml.safe_load(manifest)), folder)
+    assert problems == []
+    assert [entry.name for entry in entries] == ["mixtral-0.4", "mixtral-0.6", "qwen"]
+
+
+@pytest.mark.parametrize("line", [line for line in TABLE if line.split()[1] not in ELSEWHERE])
 def test_the_table_of_commands(line: str, folder: Path) -> None:
     if "distill" in line:
         pytest.importorskip("deepspeed")

@@ -51,7 +51,7 @@ class Status:
     """A job as its folder tells of it.
 
     Attributes:
-        state: `running`, `done`, `failed` (it said why), `stopped` (it was killed) or `new` (nothing has run).
+        state: `running`, `done`, `failed` (it said why), `stopped` (interrupted or killed) or `new` (nothing has run).
         command, host, process: of the last run.
         started_s, last_event_s: since the epoch.
         last_event: its name.
@@ -144,6 +144,8 @@ def _tell(status: Status, event: dict[str, Any]) -> None:
         status.started_s, status.num_runs = event["time_s"], status.num_runs + 1
     elif name == "run_end":
         status.state = "done"
+    elif name == "run_stopped":
+        status.state = "stopped"
     elif name == "run_failed":
         status.state, status.reason = "failed", event["reason"]
     elif name == "stage_start":

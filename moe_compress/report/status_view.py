@@ -44,12 +44,12 @@ def _job_view(status: Status) -> RenderableType:
     """What a person is shown."""
     table = Table.grid(padding=(0, 2))
     now = status.last_event_s if status.state in ("done", "failed", "stopped") else time.time()
-    state = {"stopped": "stopped without a word; run the same command again to go on"}.get(status.state, status.state)
+    state = {"stopped": "stopped; run the same command again to go on"}.get(status.state, status.state)
     table.add_row("job", Text(status.folder))
     table.add_row("state", Text(state if status.reason is None else f"{state}: {status.reason}"))
     if status.num_runs:
         where = f"{status.command}, process {status.process} on {status.host}, {_duration(now - status.started_s)}"
-        table.add_row("run", Text(where + (f", the {status.num_runs}th" if status.num_runs > 3 else "")))
+        table.add_row("run", Text(where))
     current = status.current
     if current is not None:
         table.add_row("stage", Text(_stage_line(current)))
