@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from moe_compress.calibration.schedule import Schedule, Value
 from moe_compress.executor import Executor, InProcess
 from moe_compress.job import Job
 from moe_compress.pipeline import compress
@@ -58,6 +59,7 @@ class Run:
     def __init__(self, folder: Path, model: Path, text: Path, **cluster: Any) -> None:
         self.recipe_path = write_recipe(folder / "recipe.yaml", model, text, folder / "out", cluster)
         data = yaml.safe_load(self.recipe_path.read_text())
+        data["calibration"] |= {"num_sequences": 48, "batch_size": 8}  # hidden states too large for Ray to send along
         del data["evaluation"]
         self.recipe_path.write_text(yaml.safe_dump(data))
         self.recipe = parse_recipe(data)
@@ -71,10 +73,9 @@ class Run:
             from cluster.executor import RayExecutor
 
             executor = RayExecutor(self.recipe.cluster)
-        with self.job.locked():
+        with self.job.locked(), closing(executor):
             prepared = prepare(self.job, *check(self.recipe))
             compress(self.job, prepared, executor, Reporter(self.job, self.console))
-        executor.close()
         return hashes(self.recipe.output_path)
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -94,33 +95,31 @@ def processes(title: str) -> list[psutil.Process]:
 
 def kill(title: str, which: int = 0) -> bool:
     """SIGKILL for a worker; False where there is none."""
-    victims = processes(title)
-    if not victims:
-        return False
+    victims = sorted(processes(title), key=lambda process: process.pid)
     with suppress(psutil.NoSuchProcess):
-        sorted(victims, key=lambda process: process.pid)[which % len(victims)].kill()
-    return True
+        victims[which % max(1, len(victims))].kill() if victims else None
+    return bool(victims)
 
 
 @contextmanager
-def at_step(number: int, harm: Callable[[], object]) -> Iterator[None]:
-    """Does harm once so many steps of the calibration are done."""
-    from moe_compress.calibration.schedule import Schedule
-
+def at_steps(*numbers: int, harm: Callable[[], object]) -> Iterator[None]:
+    """Does harm whenever so many steps of the calibration are done."""
+    left = sorted(numbers)
     with pytest.MonkeyPatch.context() as patch:
-        done, harmed = Schedule.done, []
+        done = Schedule.done
 
-        def counting(self: Schedule, *args: Any) -> Any:
-            if self.num_done >= number and not harmed:
-                harmed.append(harm())
+        def counting(self: Schedule, *args: Any) -> list[Value]:
+            if left and self.num_done >= left[0]:
+                left.pop(0)
+                harm()
             return done(self, *args)
 
         patch.setattr(Schedule, "done", counting)
         yield
-        assert harmed, "the job was over before"
+    assert not left, "the job was over before"
 
 
 def left_behind(folder: Path) -> list[str]:
     """Temporary files under a folder."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return [name for name in names if ".partial" in name or ".part" in name or "scratch" in name.split(os.sep)]
+    return [name for name in names if ".part" in name or "scratch" in name.split(os.sep)]
