@@ -63,6 +63,13 @@ def sums_used(layer: MoELayer, group: Group, options: D2MoE) -> list[str]:
     return names
 
 
+def experts_at_once(layer: MoELayer, group: Group, on_gpu: bool) -> int:
+    """Experts of a block."""
+    num_columns = matrix_shape(layer, group)[1]
+    largest = max(num_columns, layer.up_shape[0]) * num_columns
+    return min(layer.num_experts, max(1, _BLOCK_ELEMENTS // largest)) if on_gpu else 1
+
+
 class ErrorMetric:
     """The weighting of one group of projections of one layer.
 
@@ -105,8 +112,8 @@ class ErrorMetric:
 
     def blocks(self) -> Iterator[slice]:
         """Experts to work on at once: LAPACK gains nothing from a batch, a GPU does."""
-        num_experts, largest = self.layer.num_experts, max(self.num_columns, self.layer.up_shape[0]) * self.num_columns
-        size = 1 if self.device.type == "cpu" else max(1, _BLOCK_ELEMENTS // largest)
+        num_experts = self.layer.num_experts
+        size = experts_at_once(self.layer, self.group, on_gpu=self.device.type != "cpu")
         for start in range(0, num_experts, size):
             yield slice(start, min(start + size, num_experts))
 

@@ -17,15 +17,19 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.ranges import cut_to_fit
 from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes, gram_width, is_gram
+from ..calibration.worker import LAYERS_SHARE
 from ..method_options import D2MoE, Merge
 from ..methods.forms import cluster_counts
 from ..methods.limits import mean_rank
+from ..methods.metric import experts_at_once
 from ..methods.slots import Slot, slots
 from ..model.discovery import MoELayer
 from ..model.expert_bank import GROUPS
 from ..model.stored_experts import BLOCK_BYTES
 from ..recipe import Recipe
+from .machine import TF32, Machine
 from .outcome import Outcome
 from .shape import ModelShape
 from .speed import EIGEN
@@ -50,22 +54,44 @@ class Workload:
         model: the original's shape.
         result: what is left of the experts.
         bytes_after: size of the output.
+        machine: the cluster to plan for; None for this machine.
 
     Attributes:
         dtype: calibration computes in it.
         passes: through the stages, from calibration to shards.
         num_workers: layer workers; num_units: units of work side by side.
+        num_batches, num_chunks: micro-batches of the text and chunks of layers, of which the calibration's calls are.
+        num_levels: of the output, each evaluated by itself.
     """
 
-    def __init__(self, recipe: Recipe, model: ModelShape, result: Outcome, bytes_after: int) -> None:
+    def __init__(
+        self, recipe: Recipe, model: ModelShape, result: Outcome, bytes_after: int, machine: Machine | None = None
+    ) -> None:
         self.recipe, self.model, self.result, self.bytes_after = recipe, model, result, bytes_after
+        self.machine = machine
         text = recipe.calibration
         self.dtype = model.dtype if text.dtype == "auto" else getattr(torch, text.dtype)
         self.num_tokens = text.num_sequences * text.sequence_length
         self.batch_tokens = min(text.batch_size, text.num_sequences) * text.sequence_length
         self.full = text.full_covariance == "always" or recipe.method.needs_full_covariance
         self.passes = 2 if recipe.method.sequential else 1
-        self.num_workers, self.num_units = _side_by_side(recipe)
+        self.num_workers, self.num_units = _side_by_side(recipe, machine)
+        self.num_batches = ceil(text.num_sequences / text.batch_size)
+        self.resident_layers = self._resident_layers()
+        self.num_chunks = ceil(model.num_layers / self.resident_layers)
+        self.num_levels = 1 + len(getattr(recipe.method, "levels", []))
+
+    def _resident_layers(self) -> int:
+        """Of `auto` a worker's share, or what of it fits into the memory that the recipe gives a worker."""
+        asked, memory_gb = self.recipe.cluster.resident_layers, self.recipe.cluster.worker_memory_gb
+        if isinstance(asked, int):
+            return asked
+        columns = max(1, self.num_workers // self.recipe.cluster.replicas)
+        if memory_gb is None:
+            return ceil(self.model.num_layers / columns)
+        layer = self.model.largest_layer * self.dtype.itemsize + max(map(self._statistics_bytes, self.model.layers))
+        ranges = cut_to_fit([layer] * self.model.num_layers, columns, LAYERS_SHARE * memory_gb * 2**30)
+        return max(map(len, ranges))
 
     # --- bytes ---------------------------------------------------------------------------------------------
 
@@ -74,9 +100,12 @@ class Workload:
         memory = {"calibration worker": self._calibration_memory(), "factorisation task": self._unit_memory()}
         if self.recipe.evaluation is not None:
             memory["evaluation task"] = self._evaluation_memory()
-        directions = sum(min(slot.num_rows, slot.num_columns) * layer.num_experts for layer, slot in self._slots())
-        memory["driver"] = {"libraries": PROCESS_BYTES, "allocation": directions * DIRECTION_BYTES}
+        memory["driver"] = {"libraries": PROCESS_BYTES, "allocation": self.num_directions() * DIRECTION_BYTES}
         return memory
+
+    def num_directions(self) -> int:
+        """What the budget is spent on: min(M, N) of every factorised matrix."""
+        return sum(min(slot.num_rows, slot.num_columns) * layer.num_experts for layer, slot in self._slots())
 
     def _calibration_memory(self) -> dict[str, int]:
         """Always there: root tensors and the resident layers, in w, and boundary activations up to their limit.
@@ -88,7 +117,7 @@ class Workload:
         three times in fp32.
         """
         model, width = self.model, self.dtype.itemsize
-        resident = self.recipe.cluster.resident_layers
+        resident = self.resident_layers
         routed = max(5 * l.hidden_size + 2 * l.up_shape[0] + 2 * l.intermediate_size for l in model.layers)
         beside = 8 * model.hidden_size + 4 * model.attention_width
         backward = self.batch_tokens * (model.top_k * routed + beside) * width
@@ -108,10 +137,10 @@ class Workload:
     def _unit_memory(self) -> dict[str, int]:
         """One group of one layer: its factors, a block of its experts twice while they are assembled (all of them where
         experts are compared), two of the layer's Grams, and some matrices in fp32: four an expert, of one expert on a
-        CPU, of all on a GPU."""
+        CPU, of a block on a GPU."""
         layer = max(self.model.layers, key=lambda each: each.num_parameters)
         size, width = prod(layer.up_shape), self.model.dtype.itemsize
-        at_once = layer.num_experts if self._on_gpu() else 1
+        at_once = max(experts_at_once(layer, group, self._on_gpu()) for group in GROUPS)
         method = self.recipe.method
         by_block = isinstance(method, D2MoE) and not method.align
         block = max(BLOCK_BYTES, at_once * size * width) if by_block else self.model.largest_tensor * width
@@ -154,7 +183,7 @@ class Workload:
         output's. Spilled: what of the L n D w activations exceeds the workers' limits; gone after the calibration.
         Tokens: nine bytes each.
         """
-        energies = sum(4 * min(slot.num_rows, slot.num_columns) * layer.num_experts for layer, slot in self._slots())
+        energies = 4 * self.num_directions()
         spilled = self._boundary_bytes() - self.num_workers * self._activation_limit()
         return {
             "statistics": self.passes * sum(self._statistics_bytes(layer) for layer in self.model.layers),
@@ -169,8 +198,7 @@ class Workload:
         """Hidden states forward and gradients back over every border of two workers: 2 (chunks - 1) n D w a pass."""
         if self.num_workers == 1:
             return 0
-        chunks = ceil(self.model.num_layers / self.recipe.cluster.resident_layers)
-        return self.passes * 2 * (chunks - 1) * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
+        return self.passes * 2 * (self.num_chunks - 1) * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
 
     def _boundary_bytes(self) -> int:
         """The input of every layer for the whole text: L n D w."""
@@ -213,6 +241,8 @@ class Workload:
         kind = "float32"
         if stage == "calibrate: model":
             kind = str(self.dtype).removeprefix("torch.")
+        elif stage == "calibrate: statistics" and self.dtype != torch.float32 and TF32 in speed:
+            kind = TF32
         elif stage.endswith("eigendecompositions"):
             kind = EIGEN
         return flops / speed[kind] / (self.num_workers if calibrating else self.num_units)
@@ -275,8 +305,16 @@ class Workload:
         """Two forwards, original and compressed, for each level."""
         if self.recipe.evaluation is None:
             return 0.0
-        num_levels = 1 + len(getattr(self.recipe.method, "levels", []))
-        return 2 * num_levels * self._forward_flops(self._evaluation_tokens(), self.recipe.evaluation.sequence_length)
+        return (
+            2 * self.num_levels * self._forward_flops(self._evaluation_tokens(), self.recipe.evaluation.sequence_length)
+        )
+
+    def num_evaluation_batches(self) -> int:
+        """Micro-batches of windows."""
+        settings = self.recipe.evaluation
+        if settings is None:
+            return 0
+        return ceil(self._evaluation_tokens() / (settings.sequence_length * settings.batch_size))
 
     def _evaluation_tokens(self) -> int:
         """The windows asked for; for a whole text its size, four bytes a token, and nothing if it is not there."""
@@ -300,13 +338,17 @@ class Workload:
                     yield layer, slot
 
     def _on_gpu(self) -> bool:
+        if self.machine is not None:
+            return True
         device = self.recipe.cluster.device
         return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
-def _side_by_side(recipe: Recipe) -> tuple[int, int]:
-    """(layer workers, units of work side by side), as the executor will choose on a machine like this one."""
+def _side_by_side(recipe: Recipe, machine: Machine | None) -> tuple[int, int]:
+    """(layer workers, units of work side by side), as the executor will choose there, or on a machine like this one."""
     cluster = recipe.cluster
+    if machine is not None:
+        return min(cluster.layer_workers or machine.num_gpus, machine.num_gpus), machine.num_gpus
     if cluster.local:
         return 1, 1
     num_gpus = torch.cuda.device_count()

@@ -51,13 +51,19 @@ class SlotSize:
     break_even_rank: int
 
 
-def part_sizes(skeleton: Skeleton, layers: list[MoELayer], kept_parameters: int) -> list[Part]:
+def part_sizes(skeleton: Skeleton, layers: list[MoELayer], kept_parameters: int, num_outside: int = 0) -> list[Part]:
     """Sizes by part.
 
     Before: elements of the model's tensors times the width of the dtype they lie on disk in, the model's own dtype
     where the shard is not there. What the index holds and the model class has no place for (multi-token prediction)
     is the rest of the declared bytes, and copied. After: all the same but the routed experts, in the model's dtype; of
     a shorter router, and of the biases of experts that go, nothing is taken off.
+
+    Args:
+        skeleton: the original.
+        layers: its MoE layers.
+        kept_parameters: of their experts.
+        num_outside: parameters outside the model class where there is no index that would tell.
     """
     owned = {name for layer in layers for name in layer.owned}
     counts: Counter[str] = Counter()
@@ -71,6 +77,8 @@ def part_sizes(skeleton: Skeleton, layers: list[MoELayer], kept_parameters: int)
     if skeleton.extra:
         sizes[OUTSIDE] = max(skeleton.reader.total_bytes - sizes.total(), 0)
         counts[OUTSIDE] = sizes[OUTSIDE] // skeleton.dtype.itemsize
+    elif num_outside:
+        counts[OUTSIDE], sizes[OUTSIDE] = num_outside, num_outside * skeleton.dtype.itemsize
     after = {EXPERTS: (kept_parameters, kept_parameters * skeleton.dtype.itemsize)}
     return [Part(p, counts[p], sizes[p], *after.get(p, (counts[p], sizes[p]))) for p in PARTS if counts[p]]
 

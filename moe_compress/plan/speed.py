@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ _BUDGET_S = 0.1
 _EIGEN_SIZE = 256
 
 
-def measure_speed(first: torch.dtype, second: torch.dtype, threads: int, device: str) -> dict[str, float]:
+def measure_speed(dtypes: Iterable[torch.dtype], threads: int, device: str) -> dict[str, float]:
     """FLOP/s of square matrix products in each dtype, and of a symmetric eigendecomposition, 9 n^3 operations."""
     place = pick_device(device)
     before = torch.get_num_threads()
@@ -23,7 +23,7 @@ def measure_speed(first: torch.dtype, second: torch.dtype, threads: int, device:
     size = 4096 if place.type == "cuda" else 512
     try:
         speed = {}
-        for dtype in dict.fromkeys((first, second)):
+        for dtype in dict.fromkeys(dtypes):
             square = torch.ones(size, size, dtype=dtype, device=place)
             speed[str(dtype).removeprefix("torch.")] = 2 * size**3 / _best_s(partial(square.mm, square), place)
         symmetric = torch.randn(_EIGEN_SIZE, _EIGEN_SIZE, generator=torch.Generator().manual_seed(0)).to(place)

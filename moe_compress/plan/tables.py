@@ -32,8 +32,14 @@ def tables(plan: dict[str, Any]) -> Iterator[str | Table]:
     yield "Memory of one process at its peak"
     yield _memory(plan)
     speeds = ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in plan["speed"].items())
-    yield f"Costs with {plan['num_workers']} layer workers; times at the speed of this machine: {speeds}"
+    whose = "this machine" if plan["cluster"] is None else f"a {plan['cluster']['gpu']}, assumed"
+    yield f"Costs with {plan['num_workers']} layer workers; times at the speed of {whose}: {speeds}"
     yield _costs(plan)
+    if plan["cluster"] is not None:
+        yield from _cluster(plan["cluster"])
+    if plan["training"] is not None:
+        yield from _training(plan["training"])
+    yield from (f"Not as it is: {problem}" for problem in plan["problems"])
 
 
 def _sizes(plan: dict[str, Any]) -> Table:
@@ -79,3 +85,44 @@ def _costs(plan: dict[str, Any]) -> Table:
         table.add_row(f"disk: {name}", bytes_for_people(size), "")
     table.add_row("between workers", bytes_for_people(plan["network_bytes"]), "")
     return table
+
+
+def _cluster(cluster: dict[str, Any]) -> Iterator[str | Table]:
+    yield (
+        f"On {cluster['num_gpus']} {cluster['gpu']} of {cluster['num_nodes']} nodes, every stage as long as what it"
+        " waits for: a lower bound"
+    )
+    yield from _stages(cluster)
+    device = ", ".join(f"{name} {bytes_for_people(size)}" for name, size in cluster["device_bytes"].items())
+    there = "" if cluster["gpu_bytes"] is None else f" of {bytes_for_people(cluster['gpu_bytes'])}"
+    yield f"On a GPU{there}: {device}; a node's own memory {bytes_for_people(cluster['node_bytes'])}"
+    assumed = ", ".join(f"{name} {value:g}" for name, value in cluster["assumed"].items())
+    yield f"Assumed (see --assume): {assumed}"
+    yield from (f"Warning: {warning}" for warning in cluster["warnings"])
+
+
+def _stages(timeline: dict[str, Any]) -> Iterator[str | Table]:
+    table = _table("stage", "at least", "waits for", "GPUs busy", "storage", "network", "disk")
+    for stage in timeline["stages"]:
+        moved = (bytes_for_people(stage[f"{name}_bytes"]) for name in ("storage", "network", "disk"))
+        table.add_row(stage["name"], f"{stage['seconds']:,.0f} s", stage["bound"], f"{stage['busy']:.0%}", *moved)
+    yield table
+    yield f"{timeline['hours']:,.2f} h, {timeline['gpu_hours']:,.1f} GPU-hours"
+
+
+def _training(training: dict[str, Any]) -> Iterator[str | Table]:
+    yield (
+        f"Training: {training['trained_parameters']:,} of {training['parameters']:,} parameters, {training['steps']:,}"
+        f" steps, {training['tokens']:,} tokens, {training['num_processes']} processes at ZeRO stage"
+        f" {training['zero_stage']}" + (f" ({training['note']})" if training["note"] else "")
+    )
+    yield _memory({"memory_bytes": {"training process": training["memory_bytes"]}})
+    host, first = training["host_bytes"], training["first_process_bytes"]
+    yield (
+        f"Of it {bytes_for_people(host)} in the memory of the node; where the first process is,"
+        f" {bytes_for_people(first)} more when the best weights are kept"
+    )
+    yield _costs(training)
+    if training["stages"]:
+        yield from _stages(training)
+    yield from (f"Warning: {warning}" for warning in training["warnings"])
