@@ -29,6 +29,12 @@ from .pool import RayPool
 _REACH_S = 10.0
 """How long a cluster's address may take to answer."""
 
+_STORE_GB = 0.25
+"""What a cluster of our own keeps of activations in memory, unless the recipe says; the rest lies on disk."""
+
+_LEAST_STORE_BYTES = 80 * 2**20
+"""Ray takes no less."""
+
 UNIT_RETRIES = 3
 """How often a task is run again when its process dies."""
 
@@ -148,7 +154,9 @@ def _connect(settings: Cluster) -> None:
                 f"cluster.address: no Ray cluster at {settings.address} ({reason}); start one, or leave address out"
             ) from error
         return
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    store_bytes = int((settings.in_flight_gb or _STORE_GB) * 2**30)
+    private = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(address="local", object_store_memory=max(store_bytes, _LEAST_STORE_BYTES), **private, **quiet)
 
 
 def _reach(address: str) -> None:

@@ -253,8 +253,8 @@ class RayPool:
         elif waited_s > PATIENCE_S:
             self._changed = time.monotonic()
             self._say(
-                f"waiting for room for {len(self._starting)} of {self._setup.num_workers} layer workers;"
-                f" each needs {self._needs}"
+                f"waiting for {len(self._starting)} of {self._setup.num_workers} layer workers to start;"
+                f" each needs room for {self._needs}"
             )
             events.append(Alone())
 

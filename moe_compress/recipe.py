@@ -105,7 +105,8 @@ class Cluster(Part):
             much. None asks for none, and counts on an equal part of a node or GPU.
         replicas: workers that share the micro-batches of each range of layers; their statistics are summed apart and
             then together, so that the bytes of the result depend on this number, and on nobody's being there.
-        in_flight_gb: hidden states and gradients that the steps under way of all layer workers read and write together.
+        in_flight_gb: hidden states and gradients that the steps under way of all layer workers read and write together,
+            and on a cluster of its own what the object store keeps in memory; None for two steps a worker.
         placement: `spread` puts layer workers on as many nodes as there are, `pack` on as few as have room.
         gpus: GPUs of every worker and task, where the cluster has any; a fraction shares one.
         device: torch device of workers and tasks; `auto` is CUDA where there is one.
@@ -118,7 +119,7 @@ class Cluster(Part):
     resident_layers: int | str = 1
     worker_memory_gb: float | None = Field(None, gt=0)
     replicas: int = Field(1, ge=1)
-    in_flight_gb: float = Field(4.0, gt=0)
+    in_flight_gb: float | None = Field(None, gt=0)
     placement: Literal["spread", "pack"] = "spread"
     gpus: float = Field(1.0, gt=0)
     device: str = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import partial
+from math import inf
 
 import torch
 
@@ -62,7 +63,8 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         analyse(layer.path for layer in statistics_seen(prepared.layers, statistics))
     else:
         check = partial(_check_sequential, recipe)
-        sweep = Sweep(job, setup, recipe.cluster.in_flight_gb * 2**30, check, analyse)
+        limit_gb = recipe.cluster.in_flight_gb
+        sweep = Sweep(job, setup, inf if limit_gb is None else limit_gb * 2**30, check, analyse)
         atomic_write(done, json.dumps(sorted(sweep.run(executor, reporter))))
     layers = statistics_seen(prepared.layers, statistics)
     if not layers:
