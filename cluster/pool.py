@@ -32,7 +32,7 @@ from .placement import Needs, alive_nodes, strategy
 PATIENCE_S = 30.0
 """How long lanes wait for a worker that does not come before others take them over, and between two such messages."""
 
-MAX_BAD_STARTS = 3
+MAX_BAD_STARTS = 10
 """How many workers in a row may die before they are ready."""
 
 _POLL_S = 1.0

@@ -37,5 +37,5 @@ def test_placement_counts_what_a_node_has_room_for(four: Any) -> None:
     assert room_for(Needs(2)) == 0
     first = strategy("pack", needs, []).node_id
     assert strategy("pack", needs, [first]).node_id != first, "it has room for one"
-    assert strategy("pack", needs, alive_nodes()) == "DEFAULT"
+    assert strategy("pack", needs, list(alive_nodes())) == "DEFAULT"
     assert strategy("spread", needs, []) == "SPREAD"
