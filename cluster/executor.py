@@ -17,16 +17,23 @@ from ray import exceptions as rex
 from moe_compress.calibration.worker import CalibrationSetup
 from moe_compress.errors import CompressionError, RecipeError
 from moe_compress.executor import Pool
-from moe_compress.process import settle
+from moe_compress.process import device_bytes, settle
 from moe_compress.recipe import Cluster
+from moe_compress.retry import patiently
 from moe_compress.stages.units import open_checkpoint
 
 from .metrics import report_process
-from .placement import Needs, room_for
+from .placement import Needs, alive_nodes, room_for
 from .pool import RayPool
 
 _REACH_S = 10.0
 """How long a cluster's address may take to answer."""
+
+_STORE_GB = 0.25
+"""What a cluster of our own keeps of activations in memory, unless the recipe says; the rest lies on disk."""
+
+_LEAST_STORE_BYTES = 80 * 2**20
+"""Ray takes no less."""
 
 UNIT_RETRIES = 3
 """How often a task is run again when its process dies."""
@@ -34,7 +41,7 @@ UNIT_RETRIES = 3
 
 def _run_unit(threads: int, function: Callable[..., Any], *args: Any) -> Any:
     settle(threads)
-    result = function(*args)
+    result = patiently(function, *args)
     report_process("task")
     return result
 
@@ -61,7 +68,8 @@ class RayExecutor:
         if self._started:
             _connect(settings)
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self._needs = Needs(settings.threads, settings.gpus if self._has_gpus else 0)
+        memory = 0 if self._has_gpus else int((settings.worker_memory_gb or 0) * 2**30)
+        self._needs = Needs(settings.threads, settings.gpus if self._has_gpus else 0, memory)
         self._unit = ray.remote(max_retries=UNIT_RETRIES, **self._needs.options())(_run_unit)
         if self._started and settings.address is None and self.num_workers > self.num_slots:
             raise RecipeError(
@@ -78,6 +86,16 @@ class RayExecutor:
     def num_workers(self) -> int:
         """Layer workers of a calibration that starts now."""
         return self.settings.layer_workers or (self.num_slots if self._has_gpus else min(2, self.num_slots))
+
+    def memory_bytes(self) -> int:
+        """What the recipe says; else a GPU's, or a node's divided by how many workers it has room for."""
+        if self.settings.worker_memory_gb is not None:
+            return int(self.settings.worker_memory_gb * 2**30)
+        if self._has_gpus:
+            found: int = ray.get(ray.remote(**self._needs.options())(device_bytes).remote())
+            return int(found * min(self.settings.gpus, 1))
+        nodes = ((resources, self._needs.room_on(resources)) for resources in alive_nodes().values())
+        return int(min((resources["memory"] / room for resources, room in nodes if room), default=0))
 
     def start_pool(self, setup: CalibrationSetup) -> Pool:
         """Brings up `setup.num_workers` actors, and where there is room a process for the first units."""
@@ -136,7 +154,9 @@ def _connect(settings: Cluster) -> None:
                 f"cluster.address: no Ray cluster at {settings.address} ({reason}); start one, or leave address out"
             ) from error
         return
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    store_bytes = int((settings.in_flight_gb or _STORE_GB) * 2**30)
+    private = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(address="local", object_store_memory=max(store_bytes, _LEAST_STORE_BYTES), **private, **quiet)
 
 
 def _reach(address: str) -> None:

@@ -32,7 +32,7 @@ from .placement import Needs, alive_nodes, strategy
 PATIENCE_S = 30.0
 """How long lanes wait for a worker that does not come before others take them over, and between two such messages."""
 
-MAX_BAD_STARTS = 3
+MAX_BAD_STARTS = 10
 """How many workers in a row may die before they are ready."""
 
 _POLL_S = 1.0
@@ -180,7 +180,7 @@ class RayPool:
             self._bad_starts += 1
             if self._bad_starts > MAX_BAD_STARTS:
                 raise CalibrationError(
-                    f"{self._bad_starts} layer workers in a row died as they started, last: {_one_line(error)}; give"
+                    f"{self._bad_starts} layer workers in a row died as they started, last: {_why(error)}; give"
                     " them more memory and run the job again"
                 ) from None
             self._drop(worker)
@@ -197,7 +197,7 @@ class RayPool:
         try:
             paths = ray.get(ref)
         except _LOST_ACTOR as error:
-            self._lose(call.worker, _one_line(error), events)
+            self._lose(call.worker, _why(error), events)
         except _LOST_OBJECT as error:
             events.append(self._failed(call, error))
         except rex.RayTaskError as error:
@@ -253,8 +253,8 @@ class RayPool:
         elif waited_s > PATIENCE_S:
             self._changed = time.monotonic()
             self._say(
-                f"waiting for room for {len(self._starting)} of {self._setup.num_workers} layer workers;"
-                f" each needs {self._needs}"
+                f"waiting for {len(self._starting)} of {self._setup.num_workers} layer workers to start;"
+                f" each needs room for {self._needs}"
             )
             events.append(Alone())
 
@@ -263,5 +263,6 @@ def _cause(error: rex.RayTaskError) -> Exception:
     return error.cause if isinstance(error.cause, Exception) else error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+def _why(error: Exception) -> str:
+    """Briefly: Ray's own words fill a page."""
+    return f"its process died ({type(error).__name__})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
+import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -34,6 +35,13 @@ def choose_accelerator() -> None:
     """Tells DeepSpeed, which accelerate imports where it is installed, that there is no GPU; else it warns of that."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def device_bytes() -> int:
+    """Memory of the GPU that this process sees first, or else of this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
 
 
 def give_back() -> None:

@@ -46,6 +46,7 @@ class Stage:
         self.name, self.total, self.console, self._watch = name, total, console, watch
         self.done = 0
         self.tokens = 0.0
+        self.figures: dict[str, float] = {}
         self.note = ""
         self.started = self._shown = time.monotonic()
         self._base: tuple[int, float] | None = (0, self.started)
@@ -171,7 +172,7 @@ class Reporter:
             yield stage
         finally:
             stage.close()
-        figures: dict[str, float] = {"seconds": round(stage.seconds, 3), "tokens": round(stage.tokens)}
+        figures: dict[str, float] = {"seconds": round(stage.seconds, 3), "tokens": round(stage.tokens)} | stage.figures
         if self.memory is not None:
             figures["peak_bytes"] = self.memory.take()
         self.stages[name] = figures

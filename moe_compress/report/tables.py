@@ -168,6 +168,8 @@ def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
     for name, figures in stages.items():
         speed = f"{figures['tokens'] / max(figures['seconds'], 1e-9):,.0f}" if figures["tokens"] else ""
         peak = bytes_for_people(figures["peak_bytes"]) if "peak_bytes" in figures else ""
+        if "workers_lost" in figures:
+            name += f" ({figures['workers_lost']} workers lost, {figures['steps_again']} steps done again)"
         table.add_row(name, f"{figures['seconds']:.1f}", speed, peak)
     return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import partial
+from math import inf
 
 import torch
 
@@ -31,6 +32,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         RecipeError: the job is sequential and the model's layers cannot run one after the other.
     """
     recipe, text, statistics = prepared.recipe, prepared.recipe.calibration, prepared.statistics
+    resident = recipe.cluster.resident_layers
     num_batches = -(-len(TokenBatch.load(prepared.calibration_tokens).input_ids) // text.batch_size)
     setup = CalibrationSetup(
         checkpoint=prepared.reader.folder,
@@ -43,9 +45,10 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         activation_bytes=int(text.activation_memory_gb * 2**30),
         full_grams=sums_full_grams(recipe),
         sampled_seed=sampled_seed(recipe),
-        chunk_layers=recipe.cluster.resident_layers,
+        chunk_layers=None if isinstance(resident, str) else resident,
         num_workers=executor.num_workers,
         num_groups=min(recipe.cluster.replicas, num_batches),
+        memory_bytes=executor.memory_bytes() if resident == "auto" else 0,
         below=prepared.below,
     )
     pending: Pending = []
@@ -60,7 +63,8 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         analyse(layer.path for layer in statistics_seen(prepared.layers, statistics))
     else:
         check = partial(_check_sequential, recipe)
-        sweep = Sweep(job, setup, recipe.cluster.in_flight_gb * 2**30, check, analyse)
+        limit_gb = recipe.cluster.in_flight_gb
+        sweep = Sweep(job, setup, inf if limit_gb is None else limit_gb * 2**30, check, analyse)
         atomic_write(done, json.dumps(sorted(sweep.run(executor, reporter))))
     layers = statistics_seen(prepared.layers, statistics)
     if not layers:

@@ -81,8 +81,8 @@ class Sweep:
                             pool.let_go(schedule.done(event.worker, event.step))
                             stage.advance(*self._progress(event.step, model))
                             self._record(event)
-            if self._num_lost:
-                reporter.stages["calibrate"] |= {"workers_lost": self._num_lost, "steps_again": self._num_again}
+                if self._num_lost:
+                    stage.figures |= {"workers_lost": self._num_lost, "steps_again": self._num_again}
         finally:
             pool.close()
             shutil.rmtree(self.setup.scratch, ignore_errors=True)
