@@ -59,6 +59,7 @@ class Workload:
         passes: through the stages, from calibration to shards.
         num_workers: layer workers; num_units: units of work side by side.
         num_batches, num_chunks: micro-batches of the text and chunks of layers, of which the calibration's calls are.
+        num_groups: of micro-batches whose statistics are summed apart, each by workers of its own.
         num_levels: of the output, each evaluated by itself.
     """
 
@@ -75,6 +76,7 @@ class Workload:
         self.passes = 2 if recipe.method.sequential else 1
         self.num_workers, self.num_units = _side_by_side(recipe, machine)
         self.num_batches = ceil(text.num_sequences / text.batch_size)
+        self.num_groups = min(recipe.cluster.replicas, self.num_batches)
         self.num_chunks = ceil(model.num_layers / recipe.cluster.resident_layers)
         self.num_levels = 1 + len(getattr(recipe.method, "levels", []))
 
@@ -116,7 +118,7 @@ class Workload:
             "libraries": PROCESS_BYTES,
             "embeddings and head": model.root_parameters * width,
             "resident layers": resident * model.largest_layer * width,
-            "activations between layers": min(self._boundary_bytes() // self.num_workers, self._activation_limit()),
+            "activations between layers": min(self.boundary_bytes() // self.num_workers, self._activation_limit()),
         } | max(peaks, key=lambda peak: sum(peak.values()))
 
     def _unit_memory(self) -> dict[str, int]:
@@ -169,7 +171,7 @@ class Workload:
         Tokens: nine bytes each.
         """
         energies = 4 * self.num_directions()
-        spilled = self._boundary_bytes() - self.num_workers * self._activation_limit()
+        spilled = self.boundary_bytes() - self.num_workers * self._activation_limit()
         return {
             "statistics": self.passes * sum(self._statistics_bytes(layer) for layer in self.model.layers),
             "spectra": self.passes * energies,
@@ -185,7 +187,7 @@ class Workload:
             return 0
         return self.passes * 2 * (self.num_chunks - 1) * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
 
-    def _boundary_bytes(self) -> int:
+    def boundary_bytes(self) -> int:
         """The input of every layer for the whole text: L n D w."""
         return self.model.num_layers * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
 
