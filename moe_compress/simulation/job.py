@@ -90,10 +90,10 @@ def dry_run(recipe: Recipe, machine: Machine, faults: Faults | None = None, cost
     """
     if recipe.method.name not in METHODS or recipe.method.sequential:
         raise RecipeError(f"method.name: '{recipe.method.name}' has no dry run; give one of {', '.join(METHODS)}")
-    with TemporaryDirectory() as folder, open_layout(recipe.model) as (reader, _, _):
+    with TemporaryDirectory() as folder, open_layout(recipe.model) as (reader, _, num_predicting):
         skeleton, layers = open_original(recipe, reader)
         shape, result = describe(skeleton, layers), outcome(skeleton.model, layers, recipe.method)
-        parts = part_sizes(skeleton, layers, result.kept_parameters)
+        parts = part_sizes(skeleton, layers, result.kept_parameters, num_predicting * shape.largest_layer)
         work = Workload(recipe, shape, result, sum(part.bytes_after for part in parts), machine)
         costs = costs or planned_costs(work, machine, sum(part.num_bytes for part in parts))
         recipe = recipe.model_copy(update={"job_dir": folder, "output": str(Path(folder) / "output")})

@@ -95,8 +95,9 @@ class SimulatedPool:
         """Puts the step at the end of the worker's queue."""
         if worker not in self._workers:
             return  # it died in this very moment, and that it did is among the events
-        self._fly(step, 1)
-        self._workers[worker].queue.append((step, needs, makes))
+        work = step, needs, makes
+        self._fly(work, 1)
+        self._workers[worker].queue.append(work)
         self._go_on(worker)
 
     def wait(self) -> list[Event]:
@@ -152,8 +153,8 @@ class SimulatedPool:
     def _die(self, number: int, node_too: bool) -> None:
         worker = self._workers.pop(number)
         self._traffic.num_lost += 1
-        for step, *_ in worker.queue:
-            self._fly(step, -1)
+        for work in worker.queue:
+            self._fly(work, -1)
         if node_too:
             node = self._gpus.node(worker.gpu)
             gone = [value for value, at in self._values.items() if at == node]
@@ -173,8 +174,7 @@ class SimulatedPool:
             sums = step.chunk, step.part % self._setup.num_groups
             is_early = step.kind == "backward" and worker.next[sums] != step.part // self._setup.num_groups
             if lost or is_early:
-                worker.queue.popleft()
-                self._fly(step, -1)
+                self._fly(worker.queue.popleft(), -1)
                 self._events.append(Failed(number, step, lost))
                 continue
             worker.is_busy = True
@@ -248,9 +248,10 @@ class SimulatedPool:
         worker = self._workers.get(number)
         if worker is None:
             return
-        step, _, makes = worker.queue.popleft()
+        work = worker.queue.popleft()
+        self._fly(work, -1)
+        step, _, makes = work
         kind, chunk, part = step
-        self._fly(step, -1)
         self._gpus.busy_s[worker.gpu] += computing
         self._traffic.num_steps += 1
         worker.is_busy = False
@@ -273,8 +274,9 @@ class SimulatedPool:
     def _size(self, value: Value) -> int:
         return self._batch_bytes[value.batch]
 
-    def _fly(self, step: Step, sign: int) -> None:
-        """Counts what a step under way reads and writes, about: two values."""
-        if step.kind not in ("finish", "merge"):
-            self._in_flight += sign * 2 * self._batch_bytes[step.part]
+    def _fly(self, work: Work, sign: int) -> None:
+        """Counts what a step under way reads and writes."""
+        step, needs, makes = work
+        if num_values := len(needs) + (makes is not None):
+            self._in_flight += sign * num_values * self._batch_bytes[step.part]
             self._traffic.in_flight = max(self._traffic.in_flight, self._in_flight)
