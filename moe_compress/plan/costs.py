@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes, gram_width, is_gram
+from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes, gram_width, group_of, is_gram
 from ..method_options import D2MoE, Merge
 from ..methods.forms import cluster_counts
 from ..methods.limits import mean_rank
 from ..methods.metric import experts_at_once
 from ..methods.slots import Slot, slots
 from ..model.discovery import MoELayer
-from ..model.expert_bank import GROUPS
+from ..model.expert_bank import GROUPS, matrix_shape
 from ..model.stored_experts import BLOCK_BYTES
 from ..recipe import Recipe
 from .machine import TF32, Machine
@@ -126,19 +126,24 @@ class Workload:
         experts are compared), two of the layer's Grams, and some matrices in fp32: four an expert, of one expert on a
         CPU, of a block on a GPU."""
         layer = max(self.model.layers, key=lambda each: each.num_parameters)
-        size, width = prod(layer.up_shape), self.model.dtype.itemsize
-        at_once = max(experts_at_once(layer, group, self._on_gpu()) for group in GROUPS)
-        method = self.recipe.method
+        width, method = self.model.dtype.itemsize, self.recipe.method
+        at_once = {group: experts_at_once(layer, group, self._on_gpu()) for group in GROUPS}
+        sizes = {group: prod(matrix_shape(layer, group)) for group in GROUPS}
         by_block = isinstance(method, D2MoE) and not method.align
-        block = max(BLOCK_BYTES, at_once * size * width) if by_block else self.model.largest_tensor * width
+        block = (
+            max(BLOCK_BYTES, *(at_once[g] * sizes[g] * width for g in GROUPS))
+            if by_block
+            else self.model.largest_tensor * width
+        )
         shapes = gram_shapes(layer, self.full)
-        side = max(gram_width(layer, name) for name in shapes if is_gram(name))
+        for name in filter(is_gram, shapes):
+            sizes[group_of(name)] = max(sizes[group_of(name)], gram_width(layer, name) ** 2)
         return {
             "libraries": PROCESS_BYTES,
             "factors": self.model.largest_tensor * width,
             "experts": 2 * block,
             "statistics": 2 * 4 * max(prod(shape) for shape in shapes.values()),
-            "arithmetic": at_once * 4 * 4 * max(size, side**2),
+            "arithmetic": 4 * 4 * max(at_once[group] * sizes[group] for group in GROUPS),
         }
 
     def _evaluation_memory(self) -> dict[str, int]:
