@@ -19,6 +19,7 @@ from moe_compress.errors import CompressionError, RecipeError
 from moe_compress.executor import Pool
 from moe_compress.process import settle
 from moe_compress.recipe import Cluster
+from moe_compress.retry import patiently
 from moe_compress.stages.units import open_checkpoint
 
 from .placement import Needs, room_for
@@ -33,7 +34,7 @@ UNIT_RETRIES = 3
 
 def _run_unit(threads: int, function: Callable[..., Any], *args: Any) -> Any:
     settle(threads)
-    return function(*args)
+    return patiently(function, *args)
 
 
 def _open(checkpoint: Path) -> None:

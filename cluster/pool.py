@@ -178,7 +178,7 @@ class RayPool:
             self._bad_starts += 1
             if self._bad_starts > MAX_BAD_STARTS:
                 raise CalibrationError(
-                    f"{self._bad_starts} layer workers in a row died as they started, last: {_one_line(error)}; give"
+                    f"{self._bad_starts} layer workers in a row died as they started, last: {_why(error)}; give"
                     " them more memory and run the job again"
                 ) from None
             self._drop(worker)
@@ -195,7 +195,7 @@ class RayPool:
         try:
             paths = ray.get(ref)
         except _LOST_ACTOR as error:
-            self._lose(call.worker, _one_line(error), events)
+            self._lose(call.worker, _why(error), events)
         except _LOST_OBJECT as error:
             events.append(self._failed(call, error))
         except rex.RayTaskError as error:
@@ -261,5 +261,6 @@ def _cause(error: rex.RayTaskError) -> Exception:
     return error.cause if isinstance(error.cause, Exception) else error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+def _why(error: Exception) -> str:
+    """Briefly: Ray's own words fill a page."""
+    return f"its process died ({type(error).__name__})"

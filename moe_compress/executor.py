@@ -15,6 +15,7 @@ from .calibration.activations import ActivationStore
 from .calibration.schedule import Step, Value
 from .calibration.worker import CalibrationSetup, Description, LayerWorker
 from .process import settle
+from .retry import patiently
 
 Ref = Any
 """A handle of a result that may not be there yet."""
@@ -160,7 +161,7 @@ class InProcess:
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Ref:
         """Defers a unit."""
-        return lambda: function(*args)
+        return lambda: patiently(function, *args)
 
     def results(self, refs: list[Ref]) -> Iterator[tuple[int, Any]]:
         """Runs the calls in order."""

@@ -22,6 +22,7 @@ from typing import Any
 from .checkpoint.writer import append_event, atomic_write
 from .errors import MoECompressError, RecipeError
 from .recipe import JobRecipe
+from .retry import patiently
 
 FORMAT = 2
 """Part of every digest: raised when a change of the code changes what an artifact means."""
@@ -95,4 +96,4 @@ class Job:
 
     def event(self, name: str, **fields: Any) -> None:
         """Appends one line to events.jsonl."""
-        append_event(self.folder / "events.jsonl", name, **fields)
+        patiently(lambda: append_event(self.folder / "events.jsonl", name, **fields))

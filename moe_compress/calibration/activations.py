@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..retry import patiently
 
 
 class ActivationStore:
@@ -34,7 +35,9 @@ class ActivationStore:
         self._memory[key] = tensor
         self._used_bytes += tensor.nbytes
         while self._used_bytes > self.limit_bytes and self._memory:
-            self._spill(*self._memory.popitem(last=False))
+            oldest = next(iter(self._memory))
+            self._spill(oldest, self._memory[oldest])
+            self._used_bytes -= self._memory.pop(oldest).nbytes
 
     def get(self, key: Hashable) -> Tensor:
         """The tensor under `key`, which stays stored."""
@@ -57,18 +60,20 @@ class ActivationStore:
         return key in self._memory or key in self._disk
 
     def _spill(self, key: Hashable, tensor: Tensor) -> None:
-        self._used_bytes -= tensor.nbytes
         path = self.folder / f"{self._num_spilled}.bin"
         self._num_spilled += 1
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tofile(path)
+            patiently(self._write, path, tensor)
         except OSError as error:
             raise CalibrationError(
                 f"{path}: cannot spill {tensor.nbytes} bytes of activations: {error.strerror or error};"
                 " free disk space or raise calibration.activation_memory_gb, then run the job again"
             ) from error
         self._disk[key] = (path, tensor.dtype, tensor.shape, tensor.device)
+
+    def _write(self, path: Path, tensor: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tofile(path)
 
     def _read(self, key: Hashable) -> Tensor:
         path, dtype, shape, device = self._disk[key]

@@ -38,6 +38,7 @@ from ..model.streamer import (
     summed_nll,
 )
 from ..process import give_back
+from ..retry import patiently
 from .activations import ActivationStore
 from .schedule import Step
 from .statistics import SAMPLE_TOKENS, LayerStatistics
@@ -184,7 +185,9 @@ class LayerWorker:
                 self._drive(part)
             self._next[chunk, group] += 1
             return made, []
-        return None, self._finish(chunk, part) if kind == "finish" else self._merge(chunk)
+        if kind == "finish":
+            return None, patiently(self._finish, chunk, part)
+        return None, patiently(self._merge, chunk)
 
     def _forward(self, chunk: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """Runs one chunk on one micro-batch; the first one begins with the text."""

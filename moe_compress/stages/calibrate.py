@@ -16,6 +16,7 @@ from ..executor import Executor
 from ..job import Job
 from ..progress import Reporter
 from ..recipe import Recipe
+from ..retry import patiently
 from .prepare import Prepared, sampled_seed, sums_full_grams
 from .routing import report_routing
 from .scheme import Pending, Scheme
@@ -61,7 +62,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
     else:
         check = partial(_check_sequential, recipe)
         sweep = Sweep(job, setup, recipe.cluster.in_flight_gb * 2**30, check, analyse)
-        atomic_write(done, json.dumps(sorted(sweep.run(executor, reporter))))
+        patiently(atomic_write, done, json.dumps(sorted(sweep.run(executor, reporter))))
     layers = statistics_seen(prepared.layers, statistics)
     if not layers:
         raise CalibrationError("no MoE layer saw a token of the calibration text; nothing can be compressed")

@@ -20,6 +20,7 @@ from ..errors import CalibrationError
 from ..executor import Alone, Done, Event, Executor, Failed, Joined, Lost
 from ..job import Job
 from ..progress import Reporter
+from ..retry import patiently
 
 MAX_DEATHS = 3
 """How many workers may die at the same step before the job gives up."""
@@ -177,4 +178,4 @@ class Finished:
         """Writes down layers and the experts in them."""
         for name in names:
             self._paths[name] = [path for path in paths if path.startswith(f"{name}.")]
-        atomic_write(self.file, json.dumps(self._paths))
+        patiently(atomic_write, self.file, json.dumps(self._paths))

@@ -1,0 +1,158 @@
+"""Whatever dies, the job ends with the same bytes, says what was done again, and leaves nothing behind.
+
+MOE_COMPRESS_KILLS says how often something is killed in one job (default 5; 30 for a thorough run).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from moe_compress.errors import RecipeError
+from moe_compress.recipe import Cluster
+from tests.cluster.cases import Hashes, Run, at_steps, kill, left_behind, processes
+from tests.cluster_cases import finish, start
+
+ACTOR, TASK = "ray::LayerWorkerActor", "ray::_run_unit"
+KILLS = int(os.environ.get("MOE_COMPRESS_KILLS", "5"))
+
+pytestmark = pytest.mark.slow
+
+
+def test_lost_workers_cost_their_sums_alone(
+    cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes
+) -> None:
+    run = Run(tmp_path, model, text, layer_workers=2)
+    with at_steps(10, 60, harm=lambda: kill(ACTOR)):
+        assert run.go() == wanted
+    losses = run.events("worker_lost")
+    assert len(losses) == 2
+    assert not {"gradient", "loss"} & {kind for loss in losses for kind in loss["again"]}, "what was made is kept"
+    assert sum(loss["again"].get("backward", 0) for loss in losses) <= 2 * 2 * 6
+    assert not left_behind(run.job.folder)
+
+
+def test_a_node_that_does_not_come_back_is_done_without(
+    cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.pool.PATIENCE_S", 3.0)
+    run = Run(tmp_path, model, text, layer_workers=2)
+
+    def remove() -> None:
+        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+
+    try:
+        with at_steps(50, harm=remove):
+            assert run.go() == wanted
+    finally:
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    assert run.events("worker_lost")
+    assert not left_behind(run.job.folder)
+
+
+def test_a_full_object_store_spills(cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes) -> None:
+    import ray
+    from ray._private.internal_api import memory_summary
+
+    fill = ray.remote(scheduling_strategy="SPREAD", num_cpus=1)(lambda: np.zeros(30 * 2**20, np.uint8))
+    filled = [fill.remote() for _ in range(6)]
+    ray.wait(filled, num_returns=6)
+    assert Run(tmp_path, model, text, layer_workers=2).go() == wanted
+    assert "Spilled" in memory_summary(stats_only=True)
+
+
+def test_a_slow_worker_is_waited_for(cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes) -> None:
+    run = Run(tmp_path, model, text, layer_workers=2)
+
+    def stop() -> None:
+        victim = processes(ACTOR)[0]
+        victim.send_signal(signal.SIGSTOP)
+        threading.Timer(3.0, victim.send_signal, [signal.SIGCONT]).start()
+
+    with at_steps(30, harm=stop):
+        assert run.go() == wanted
+    assert not run.events("worker_lost")
+
+
+def test_a_driver_that_is_killed_leaves_the_cluster_free(
+    cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes
+) -> None:
+    import ray
+
+    run = Run(tmp_path, model, text, address=cluster.address, layer_workers=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        job = start(run.recipe_path)
+    deadline = time.monotonic() + 120
+    while job.poll() is None and time.monotonic() < deadline:
+        if list(run.job.folder.glob("statistics-*/finished.json")):
+            break
+        time.sleep(0.02)
+    job.kill()
+    finish(job)
+    assert run.go() == wanted
+    assert not left_behind(run.job.folder)
+    until = time.monotonic() + 60
+    while processes(ACTOR) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not processes(ACTOR)
+    assert ray.available_resources().get("CPU") == 2
+
+
+def test_random_kills_in_one_job(cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes) -> None:
+    run = Run(tmp_path, model, text, layer_workers=2)
+    with killing(KILLS) as killed:
+        assert run.go() == wanted
+    losses = run.events("worker_lost")
+    assert len(losses) <= len(killed)
+    assert all(sum(loss["again"].values()) <= 6 * 6 for loss in losses)
+    assert not left_behind(run.job.folder)
+    assert not list(tmp_path.glob(".*partial"))
+
+
+@contextmanager
+def killing(count: int) -> Iterator[list[int]]:
+    """Kills a random worker at random moments while the block runs, so many times at most."""
+    killed: list[int] = []
+    over, rng = threading.Event(), random.Random(0)
+
+    def reap() -> None:
+        while len(killed) < count and not over.wait(rng.uniform(0.5, 3)):
+            victims = processes(ACTOR) + processes(TASK)
+            if victims:
+                victim = rng.choice(victims)
+                killed.append(victim.pid)
+                try:
+                    victim.kill()
+                except psutil.NoSuchProcess:
+                    killed.pop()
+
+    reaper = threading.Thread(target=reap)
+    reaper.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        reaper.join()
+    assert killed
+
+
+def test_an_address_where_nothing_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    from cluster.executor import RayExecutor
+
+    began = time.monotonic()
+    with pytest.raises(RecipeError, match=r"cluster\.address: no Ray cluster at 127\.0\.0\.1:1 \(.*refused\)"):
+        RayExecutor(Cluster(address="127.0.0.1:1"))
+    assert time.monotonic() - began < 10
