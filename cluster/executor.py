@@ -17,12 +17,13 @@ from ray import exceptions as rex
 from moe_compress.calibration.worker import CalibrationSetup
 from moe_compress.errors import CompressionError, RecipeError
 from moe_compress.executor import Pool
-from moe_compress.process import settle
+from moe_compress.process import device_bytes, settle
 from moe_compress.recipe import Cluster
 from moe_compress.retry import patiently
 from moe_compress.stages.units import open_checkpoint
 
-from .placement import Needs, room_for
+from .metrics import report_process
+from .placement import Needs, alive_nodes, room_for
 from .pool import RayPool
 
 _REACH_S = 10.0
@@ -34,7 +35,9 @@ UNIT_RETRIES = 3
 
 def _run_unit(threads: int, function: Callable[..., Any], *args: Any) -> Any:
     settle(threads)
-    return patiently(function, *args)
+    result = patiently(function, *args)
+    report_process("task")
+    return result
 
 
 def _open(checkpoint: Path) -> None:
@@ -59,7 +62,8 @@ class RayExecutor:
         if self._started:
             _connect(settings)
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self._needs = Needs(settings.threads, settings.gpus if self._has_gpus else 0)
+        memory = 0 if self._has_gpus else int((settings.worker_memory_gb or 0) * 2**30)
+        self._needs = Needs(settings.threads, settings.gpus if self._has_gpus else 0, memory)
         self._unit = ray.remote(max_retries=UNIT_RETRIES, **self._needs.options())(_run_unit)
         if self._started and settings.address is None and self.num_workers > self.num_slots:
             raise RecipeError(
@@ -76,6 +80,16 @@ class RayExecutor:
     def num_workers(self) -> int:
         """Layer workers of a calibration that starts now."""
         return self.settings.layer_workers or (self.num_slots if self._has_gpus else min(2, self.num_slots))
+
+    def memory_bytes(self) -> int:
+        """What the recipe says; else a GPU's, or a node's divided by how many workers it has room for."""
+        if self.settings.worker_memory_gb is not None:
+            return int(self.settings.worker_memory_gb * 2**30)
+        if self._has_gpus:
+            found: int = ray.get(ray.remote(**self._needs.options())(device_bytes).remote())
+            return int(found * min(self.settings.gpus, 1))
+        nodes = ((resources, self._needs.room_on(resources)) for resources in alive_nodes().values())
+        return int(min((resources["memory"] / room for resources, room in nodes if room), default=0))
 
     def start_pool(self, setup: CalibrationSetup) -> Pool:
         """Brings up `setup.num_workers` actors, and where there is room a process for the first units."""

@@ -26,6 +26,7 @@ from moe_compress.errors import CalibrationError
 from moe_compress.executor import Alone, Done, Event, Failed, Joined, Lost
 from moe_compress.process import settle
 
+from .metrics import report_process
 from .placement import Needs, alive_nodes, strategy
 
 PATIENCE_S = 30.0
@@ -74,6 +75,7 @@ class LayerWorkerActor:
     def run(self, step: Step, *values: Packed) -> tuple[Packed | None, list[str]]:
         """(what other workers read, what the driver reads)."""
         made, paths = self.worker.run(step, [value.tensor() for value in values])
+        report_process("worker")
         return None if made is None else Packed.of(made), paths
 
 

@@ -68,6 +68,52 @@ def distill(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def submit(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe, YAML.", metavar="RECIPE")] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str,
+        typer.Option(help="URL of the cluster's dashboard.", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"]),
+    ] = "http://127.0.0.1:8265",
+    command: Annotated[str, typer.Option(help="compress or distill.")] = "compress",
+    submission_id: Annotated[str | None, typer.Option(help="Name of the job; else made from the recipe.")] = None,
+    working_dir: Annotated[Path | None, typer.Option(help="A folder to send along, for texts.")] = None,
+    runtime_env: Annotated[Path | None, typer.Option(help="Ray's runtime environment, YAML.")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job.")] = False,
+    followed: Annotated[str | None, typer.Option("--follow", help="Follow this job.", metavar="ID")] = None,
+    stopped: Annotated[str | None, typer.Option("--stop", help="Stop this job.", metavar="ID")] = None,
+) -> None:
+    """Runs a recipe on a Ray cluster elsewhere and follows it; the exit code is the job's."""
+    from moe_compress.errors import RecipeError
+
+    from . import submit as submission
+
+    if sum(each is not None for each in (recipe, followed, stopped)) != 1:
+        raise RecipeError("submit: neither or several of RECIPE, --follow and --stop are given; give one of them")
+    if recipe is not None:
+        sent = (submission_id, working_dir, runtime_env, not no_wait)
+        submission.submit(recipe, overrides or [], address, Console(), command, *sent)
+        return
+    server = submission.connect(address)
+    if stopped is not None:
+        submission.stop(stopped, server, Console())
+    else:
+        submission.follow(str(server.find(str(followed)).submission_id), server, Console())
+
+
+@app.command()
+def batch(
+    manifest: Annotated[Path, typer.Argument(help="Many checkpoints and ratios, YAML.", metavar="MANIFEST")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Runs or resumes many jobs; one that fails does not stop the others."""
+    from .batch import run_batch
+
+    run_batch(manifest, overrides or [], Console(), as_json)
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -184,6 +230,18 @@ def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> No
         show_layers(job_dir, Console())
     if has_trained:
         show_training(job_dir, Console())
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="The folder of a job or a batch.", metavar="JOB_DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on as long as it runs.")] = False,
+) -> None:
+    """Says how a job goes or went, whether it runs, is done, failed or was killed."""
+    from .status import show
+
+    show(folder, Console(), as_json, watch)
 
 
 def main(*command: str) -> None:

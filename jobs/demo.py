@@ -31,6 +31,8 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from moe_compress.calibration.text import calibration_sequences
+from moe_compress.model.quiet import quiet
+from moe_compress.process import choose_accelerator
 
 EOS_TOKEN = "<|endoftext|>"
 # Tests and installed packages differ between machines; encodings are tables, not text.
@@ -87,6 +89,7 @@ def build_demo(cache_dir: Path, *, steps: int = Settings.steps, **others: int) -
     it, or with different settings in it, the demo is made anew.
     """
     settings = Settings(steps=steps, **others)
+    choose_accelerator()
     demo = Demo(cache_dir / "model", cache_dir / "calibration.jsonl", cache_dir / "evaluation.txt")
     marker = cache_dir / "demo.json"
     identity = json.dumps(asdict(settings) | {"python": sys.version}, indent=1)
@@ -104,7 +107,8 @@ def build_demo(cache_dir: Path, *, steps: int = Settings.steps, **others: int) -
 
     partial = cache_dir / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(partial)
+    with quiet():
+        model.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(demo.model_dir, ignore_errors=True)
     partial.rename(demo.model_dir)

@@ -22,8 +22,9 @@ from moe_compress.memory import PeakMemory
 from moe_compress.model.architecture import load_config
 from moe_compress.model.levels import level_names, levels_read
 from moe_compress.pipeline import compress
-from moe_compress.progress import Reporter
-from moe_compress.recipe import Cluster, Evaluation, Recipe, parse_part
+from moe_compress.plan import known_flops
+from moe_compress.progress import Reporter, Watch
+from moe_compress.recipe import Cluster, Evaluation, JobRecipe, Recipe, parse_part
 from moe_compress.report.tables import show_job
 from moe_compress.stages.evaluate import run_evaluation
 from moe_compress.stages.prepare import check, check_output, prepare
@@ -39,8 +40,9 @@ def executor_for(cluster: Cluster) -> Iterator[Executor]:
     if cluster.local:
         executor = InProcess(cluster.threads)
     else:
-        from cluster.environment import prepare_private_cluster
+        from cluster.environment import prepare_private_cluster, running_cluster
 
+        cluster = cluster.model_copy(update={"address": cluster.address or running_cluster()})
         if cluster.address is None:
             prepare_private_cluster()
         from cluster.executor import RayExecutor
@@ -60,12 +62,27 @@ def run(recipe: Recipe, console: Console) -> None:
     created = missing_folders(job.folder)
     with job.locked(), PeakMemory() as memory, ExitStack() as stack:
         reporter = Reporter(job, memory=memory)
+        stack.enter_context(reporter.run("compress"))
         with without_trace(created):
             prepared = prepare(job, *inputs)
             executor = stack.enter_context(executor_for(recipe.cluster))
+        if not recipe.cluster.local:
+            reporter.watch = stage_metrics(recipe, known_flops(recipe, *inputs[1:]))
         _tell_short(recipe, prepared.calibration_tokens, reporter)
         compress(job, prepared, executor, reporter)
     show_job(recipe.job_path, console)
+
+
+def stage_metrics(recipe: JobRecipe, flops: dict[str, float]) -> Watch:
+    """What tells Prometheus of the stages of a job on a cluster.
+
+    Args:
+        recipe: the job.
+        flops: operations of stages, by name.
+    """
+    from cluster.metrics import StageMetrics
+
+    return StageMetrics(recipe.output_path.name, flops)
 
 
 def missing_folders(folder: Path) -> list[Path]:

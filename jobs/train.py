@@ -17,7 +17,7 @@ from moe_compress.report.tables import show_training
 from moe_compress.stages.prepare_training import check_training, prepare_training, student_is_there
 from moe_compress.stages.train import Fit, train
 
-from .run import executor_for, missing_folders, run, without_trace
+from .run import executor_for, missing_folders, run, stage_metrics, without_trace
 
 
 def distill(recipe: Recipe | None, training: Training, console: Console) -> None:
@@ -36,9 +36,12 @@ def distill(recipe: Recipe | None, training: Training, console: Console) -> None
     created = missing_folders(job.folder)
     with job.locked(), PeakMemory() as memory, ExitStack() as stack:
         reporter = Reporter(job, memory=memory)
+        stack.enter_context(reporter.run("distill"))
         with without_trace(created):
             prepared = prepare_training(job, training, reporter)
             executor = stack.enter_context(executor_for(training.cluster))
+            if not training.cluster.local:
+                reporter.watch = stage_metrics(training, {})
             fit = train_here if training.cluster.local else _on_ray(training)
         train(job, prepared, executor, fit, reporter)
     show_training(training.job_path, console)

@@ -115,6 +115,7 @@ class Distillation(TextPairs):
             which columns `sparsity` prunes, whose importance is taken a micro-batch.
         dtype: of the forward and backward pass; masters and moments are float32 always. `auto` is the checkpoint's.
         evaluate_every, checkpoint_every: steps; 0 for the end alone.
+        keep: which weights are published, the `best` by the sequences held out or the `last`.
     """
 
     output: Folder | None = None
@@ -137,6 +138,7 @@ class Distillation(TextPairs):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     evaluate_every: int = Field(100, ge=0)
     checkpoint_every: int = Field(100, ge=0)
+    keep: Literal["best", "last"] = "best"
     deepspeed: DeepSpeed = DeepSpeed()
 
     @field_validator("task", mode="before")

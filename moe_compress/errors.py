@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ERROR = "error: "
+"""What such a line begins with."""
+
 
 class MoECompressError(Exception):
     """Base of every error this package raises on purpose."""
@@ -31,3 +34,17 @@ class CompressionError(MoECompressError):
 
 class DistillationError(MoECompressError):
     """A training cannot go on; its snapshots are kept."""
+
+
+class JobFailed(MoECompressError):
+    """Jobs in other processes failed; this one ends as they did."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def reason_in(log: str) -> str | None:
+    """The last error line of what a job said."""
+    lines = [line for line in log.splitlines() if line.startswith(ERROR)]
+    return lines[-1].removeprefix(ERROR) if lines else None

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from .calibration.activations import ActivationStore
 from .calibration.schedule import Step, Value
 from .calibration.worker import CalibrationSetup, Description, LayerWorker
-from .process import settle
+from .process import device_bytes, settle
 from .retry import patiently
 
 Ref = Any
@@ -95,6 +95,9 @@ class Executor(Protocol):
     def num_slots(self) -> int:
         """Units that run side by side."""
 
+    def memory_bytes(self) -> int:
+        """What a layer worker may hold."""
+
     def start_pool(self, setup: CalibrationSetup) -> Pool:
         """Brings up layer workers."""
 
@@ -154,6 +157,10 @@ class InProcess:
 
     def __init__(self, threads: int) -> None:
         settle(threads)
+
+    def memory_bytes(self) -> int:
+        """All there is; of the GPU, where there is one."""
+        return device_bytes()
 
     def start_pool(self, setup: CalibrationSetup) -> Pool:
         """A pool of one worker."""

@@ -97,3 +97,15 @@ class Job:
     def event(self, name: str, **fields: Any) -> None:
         """Appends one line to events.jsonl."""
         patiently(lambda: append_event(self.folder / "events.jsonl", name, **fields))
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of a job folder."""
+    try:
+        with open(folder / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

@@ -41,6 +41,11 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
 
+    @property
+    def so_far(self) -> int:
+        """Peak bytes since the last take, which goes on."""
+        return self._peak
+
     def take(self) -> int:
         """Peak bytes since the last call."""
         peak = max(self._peak, tree_bytes())

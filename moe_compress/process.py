@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
+import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -20,6 +21,7 @@ def settle(threads: int) -> None:
     elementwise operation, hence huge pages. The environment is read at the first tensor and the first product.
     """
     torch.set_num_threads(threads)
+    choose_accelerator()
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -27,6 +29,19 @@ def settle(threads: int) -> None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _MMAP_BYTES)
         mallopt(_M_ARENA_MAX, 2)
+
+
+def choose_accelerator() -> None:
+    """Tells DeepSpeed, which accelerate imports where it is installed, that there is no GPU; else it warns of that."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def device_bytes() -> int:
+    """Memory of the GPU that this process sees first, or else of this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
 
 
 def give_back() -> None:

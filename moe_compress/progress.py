@@ -1,10 +1,16 @@
-"""One progress line for the stage that runs, and its event in the job folder."""
+"""One progress line for the stage that runs, its events in the job folder, and whoever else watches.
+
+Events of a run: `run_start`, for each stage `stage_start`, now and then `progress`, `stage_end`, at last `run_end` or
+`run_failed`; neither of both where the process was killed.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any
 
@@ -16,13 +22,28 @@ from .job import Job
 from .memory import PeakMemory
 
 _PLAIN_INTERVAL_S = 10.0
+_EVENT_INTERVAL_S = 10.0
+
+
+Watch = Callable[["Stage"], None]
+"""Is told of a stage whenever it has changed."""
+
+
+def nobody(stage: Stage) -> None:
+    """Watches nothing."""
 
 
 class Stage:
-    """A running stage; `advance` moves its line."""
+    """A running stage; `advance` moves its line.
 
-    def __init__(self, name: str, total: int, console: Console) -> None:
-        self.name, self.total, self.console = name, total, console
+    Args:
+        name, total: what it is called, and how many steps it has.
+        console: where its line goes.
+        watch: told of every change.
+    """
+
+    def __init__(self, name: str, total: int, console: Console, watch: Watch = nobody) -> None:
+        self.name, self.total, self.console, self._watch = name, total, console, watch
         self.done = 0
         self.tokens = 0.0
         self.note = ""
@@ -51,6 +72,7 @@ class Stage:
         self.done, self._base = done, None
         if self._bar is not None:
             self._bar.reset(self._task, total=self.total, completed=done, speed="")
+        self._watch(self)
 
     def advance(self, steps: int = 1, tokens: float = 0, note: str = "") -> None:
         """Counts finished steps, and the tokens they went through; the note stands in the line until the next."""
@@ -62,14 +84,17 @@ class Stage:
             self._bar.update(self._task, completed=self.done, speed=self._speed())
         elif time.monotonic() - self._shown > _PLAIN_INTERVAL_S:
             self._shown = time.monotonic()
-            self.console.print(f"{self.name} {self.done}/{self.total} {self._speed()}{self._left()}")
+            left = "" if self.left_s is None else f" {self.left_s:.0f} s left"
+            self.console.print(f"{self.name} {self.done}/{self.total} {self._speed()}{left}")
+        self._watch(self)
 
-    def _left(self) -> str:
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that the rest will take at the speed so far; None before there is one."""
         first, since = self._base or (self.done, 0.0)
         if self.done == first:
-            return ""
-        left_s = (time.monotonic() - since) / (self.done - first) * (self.total - self.done)
-        return f" {left_s:.0f} s left"
+            return None
+        return (time.monotonic() - since) / (self.done - first) * (self.total - self.done)
 
     def _speed(self) -> str:
         speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
@@ -90,16 +115,37 @@ class Reporter:
         job: whose events.jsonl the stages are recorded in, if any.
         console: where lines go; standard error by default, so that standard output stays clean.
         memory: gives the peak of each stage.
+        watch: told of every stage when it begins and whenever it has advanced.
 
     Attributes:
         stages: {"seconds", "tokens", "peak_bytes"} of each finished stage by name.
     """
 
-    def __init__(self, job: Job | None, console: Console | None = None, memory: PeakMemory | None = None) -> None:
-        self.job, self.memory = job, memory
+    def __init__(
+        self,
+        job: Job | None,
+        console: Console | None = None,
+        memory: PeakMemory | None = None,
+        watch: Watch = nobody,
+    ) -> None:
+        self.job, self.memory, self.watch = job, memory, watch
         self.console = console or Console(stderr=True)
         self.stages: dict[str, dict[str, float]] = {}
         self._suffix = ""
+        self._recorded = 0.0
+
+    @contextmanager
+    def run(self, command: str) -> Iterator[None]:
+        """A run of a job from its beginning to its end, whichever that is."""
+        self.event("run_start", command=command, process=os.getpid(), host=socket.gethostname())
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # a refused job's folder is gone; a full disk has been told of
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self.event("run_failed", reason=reason, exit_code=getattr(error, "exit_code", 1))
+            raise
+        self.event("run_end")
 
     def again(self) -> Reporter:
         """This reporter for a second time through the same stages, which it tells apart by their names."""
@@ -114,7 +160,9 @@ class Reporter:
         if self.memory is not None:
             self.memory.take()
         self.event("stage_start", stage=name, total=total)
-        stage = Stage(name, total, self.console)
+        self._recorded = time.monotonic()
+        stage = Stage(name, total, self.console, self._advanced)
+        self.watch(stage)
         try:
             yield stage
         finally:
@@ -124,6 +172,16 @@ class Reporter:
             figures["peak_bytes"] = self.memory.take()
         self.stages[name] = figures
         self.event("stage_end", stage=name, done=stage.done, **figures)
+
+    def _advanced(self, stage: Stage) -> None:
+        self.watch(stage)
+        if time.monotonic() - self._recorded > _EVENT_INTERVAL_S:
+            self._recorded = time.monotonic()
+            left_s = None if stage.left_s is None else round(stage.left_s, 1)
+            figures = {"seconds": round(stage.seconds, 3), "tokens": round(stage.tokens), "left_s": left_s}
+            if self.memory is not None:
+                figures["peak_bytes"] = self.memory.so_far
+            self.event("progress", stage=stage.name, done=stage.done, total=stage.total, **figures, note=stage.note)
 
     def event(self, name: str, **fields: Any) -> None:
         """One line of events.jsonl."""

@@ -7,6 +7,7 @@ and fix.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,10 @@ class Cluster(Part):
         layer_workers: actors that share the layers during calibration; None for one a GPU, or one a core up to two.
         threads: numerical threads of every worker and task. One number for all of them, because the order of
             floating-point sums, and so the bytes of the result, may depend on it.
-        resident_layers: consecutive layers a worker holds at a time.
+        resident_layers: consecutive layers a worker holds at a time; `auto` takes as many as a worker has memory for,
+            balanced by bytes: its whole share if that fits, else part of it after part.
+        worker_memory_gb: memory of a worker or task: no more of them go to a node than fit, and `auto` counts on so
+            much. None asks for none, and counts on an equal part of a node or GPU.
         replicas: workers that share the micro-batches of each range of layers; their statistics are summed apart and
             then together, so that the bytes of the result depend on this number, and on nobody's being there.
         in_flight_gb: hidden states and gradients that the steps under way of all layer workers read and write together.
@@ -111,12 +115,20 @@ class Cluster(Part):
     address: str | None = None
     layer_workers: int | None = Field(None, ge=1)
     threads: int = Field(1, ge=1)
-    resident_layers: int = Field(1, ge=1)
+    resident_layers: int | str = 1
+    worker_memory_gb: float | None = Field(None, gt=0)
     replicas: int = Field(1, ge=1)
     in_flight_gb: float = Field(4.0, gt=0)
     placement: Literal["spread", "pack"] = "spread"
     gpus: float = Field(1.0, gt=0)
     device: str = "auto"
+
+    @field_validator("resident_layers")
+    @classmethod
+    def _some_layers(cls, value: int | str) -> int | str:
+        if value != "auto" and (isinstance(value, str) or value < 1):
+            raise ValueError("give a number of layers, 1 or more, or auto")
+        return value
 
 
 class JobRecipe(Part):
@@ -203,14 +215,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """Reads a recipe as plain data and applies `--set a.b=value` overrides.
 
     Args:
-        path: a YAML file. Relative paths inside it are relative to the current directory.
+        path: a YAML file, - for standard input. Relative paths inside it are relative to the current directory.
         overrides: `dotted.key=value`, the value read as YAML.
 
     Raises:
         RecipeError: it cannot be read.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(sys.stdin.read() if str(path) == "-" else Path(path).read_text())
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

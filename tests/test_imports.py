@@ -23,7 +23,7 @@ ALLOWED = {
     "memory": set(),
     "process": set(),
     "retry": {"errors"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "retry"},
     "linalg": {"errors"},
     "model": {"errors", "checkpoint"},
     "calibration": {"errors", "process", "retry", "checkpoint", "model", "linalg"},
@@ -34,6 +34,7 @@ ALLOWED = {
         "evaluation",
     },
     "job": {"errors", "recipe", "retry", "checkpoint"},
+    "batch_recipe": {"errors", "method_options", "recipe_fields", "recipe", "job"},
     "progress": {"job", "memory"},
     "stages": {
         *("errors", "recipe", "recipe_fields", "method_options", "budget", "checkpoint", "model", "calibration"),
@@ -52,7 +53,7 @@ ALLOWED = {
         *("stages", "plan"),
     },
     "materialize": {"errors", "checkpoint", "model"},
-    "report": {"errors", "checkpoint", "model", "stages"},
+    "report": {"errors", "recipe", "checkpoint", "model", "job", "stages"},
 }
 
 

@@ -47,6 +47,12 @@ def test_what_refuses_for_good_is_given_up_with_its_own_error(pauses: list[float
     assert pauses == list(retry.DELAYS_S)
 
 
+def test_what_was_waited_for_inside_is_not_waited_for_again(pauses: list[float]) -> None:
+    with pytest.raises(CompressionError):
+        patiently(lambda: patiently(refuse, errno.EROFS, True))
+    assert pauses == list(retry.DELAYS_S)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOENT])
 def test_what_does_not_pass_is_not_waited_for(code: int, pauses: list[float]) -> None:
     with pytest.raises(CompressionError):

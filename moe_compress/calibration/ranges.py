@@ -41,7 +41,8 @@ def cut_to_fit(sizes: Sequence[int], num_workers: int, memory_bytes: float) -> l
 
 def _filled(ends: list[int], limit: int, num_ranges: int) -> list[range]:
     """Ranges of at most `limit` bytes, filled one after the other; enough layers are left for `num_ranges`."""
-    ranges, start, num_layers = [], 0, len(ends) - 1
+    ranges: list[range] = []
+    start, num_layers = 0, len(ends) - 1
     while start < num_layers:
         stop = bisect_right(ends, ends[start] + limit) - 1
         stop = max(start + 1, min(stop, num_layers - (num_ranges - len(ranges) - 1)))

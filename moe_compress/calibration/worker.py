@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -40,9 +41,13 @@ from ..model.streamer import (
 from ..process import give_back
 from ..retry import patiently
 from .activations import ActivationStore
+from .ranges import cut_to_fit
 from .schedule import Step
-from .statistics import SAMPLE_TOKENS, LayerStatistics
+from .statistics import SAMPLE_TOKENS, LayerStatistics, gram_shapes
 from .text import TokenBatch
+
+LAYERS_SHARE = 0.6
+"""Of a worker's memory, for the layers of a chunk and their sums; the rest is for activations and what is outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,8 @@ class CalibrationSetup:
         activation_bytes: activations kept in memory by each worker.
         full_grams: also sum the input Grams of the larger side.
         sampled_seed: seed of labels drawn from the model; None for the text's own.
-        chunk_layers: layers a chunk.
+        chunk_layers: layers a chunk; None for as many as there is room for.
+        memory_bytes: what a worker may hold, which decides how many that are.
         num_workers: workers that share the chunks, replicas among them.
         num_groups: groups of micro-batches that are summed apart, and then together: one a replica.
         below: a compressed checkpoint of the original whose layers run the forward half, so that every layer of the
@@ -77,9 +83,10 @@ class CalibrationSetup:
     activation_bytes: int
     full_grams: bool
     sampled_seed: int | None
-    chunk_layers: int
+    chunk_layers: int | None
     num_workers: int
     num_groups: int = 1
+    memory_bytes: int = 0
     below: Path | None = None
 
     @property
@@ -138,10 +145,8 @@ class LayerWorker:
         self.skeleton = skeleton
         self.streamer = LayerStreamer(skeleton, self._inputs(0))
         self.forward_skeleton = skeleton if setup.below is None else self._open(setup.below)
-        names = self.streamer.names
-        size = setup.chunk_layers if self.streamer.chained else len(names)
-        self.chunks = [names[i : i + size] for i in range(0, len(names), size)]
         self.moe = {layer.path: layer for layer in skeleton.moe_layers()}
+        self.chunks = self._cut(self.streamer.names)
         self.store = ActivationStore(setup.scratch / secrets.token_hex(8), setup.activation_bytes)
         self.statistics: dict[tuple[str, int], LayerStatistics] = {}
         self._next: Counter[tuple[int, int]] = Counter()
@@ -270,6 +275,22 @@ class LayerWorker:
         return done
 
     # --- internals -----------------------------------------------------------------------------------------
+
+    def _cut(self, names: list[str]) -> list[list[str]]:
+        """The chunks: all layers of a model that is not chained."""
+        size = self.setup.chunk_layers if self.streamer.chained else len(names)
+        if size is not None:
+            return [names[i : i + size] for i in range(0, len(names), size)]
+        sizes = [self._held_bytes(name) for name in names]
+        ranges = cut_to_fit(sizes, self.setup.num_columns, LAYERS_SHARE * self.setup.memory_bytes)
+        return [[names[i] for i in each] for each in ranges]
+
+    def _held_bytes(self, name: str) -> int:
+        """Weights of a layer, and the sums of its experts."""
+        weights = sum(p.numel() for p in self.skeleton.layers[name].parameters()) * self.skeleton.dtype.itemsize
+        inside = [layer for path, layer in self.moe.items() if self.skeleton.owner(path) == name]
+        shapes = [shape for layer in inside for shape in gram_shapes(layer, self.setup.full_grams).values()]
+        return weights + 4 * sum(map(prod, shapes))
 
     def _open(self, below: Path) -> Skeleton:
         """The compressed model, of which only layers are ever loaded: what is around them is the original's."""

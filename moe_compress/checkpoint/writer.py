@@ -24,6 +24,7 @@ from uuid import uuid4
 import torch
 
 from ..errors import CompressionError
+from ..retry import patiently
 from .shard import BLOCK_BYTES, TORCH_DTYPES, TensorEntry, read_shard, sha256_files
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -64,11 +65,15 @@ class ShardInfo:
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Replaces `path` by `data` (text as UTF-8): afterwards it is on disk, before it is untouched.
 
-    Raises CompressionError if it cannot be written.
+    Raises CompressionError if it cannot be written, also after a while.
     """
     raw = data.encode() if isinstance(data, str) else data
-    with _replacing(path, len(raw)) as file:
-        file.write(raw)
+
+    def write() -> None:
+        with _replacing(path, len(raw)) as file:
+            file.write(raw)
+
+    patiently(write)
 
 
 def append_event(events: Path, name: str, **fields: Any) -> None:

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from ..distillation_options import Distillation
 from ..errors import RecipeError
+from ..process import choose_accelerator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -38,8 +39,7 @@ def require_deepspeed() -> None:
     Raises:
         RecipeError: it is not installed.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     try:
         import deepspeed
     except ImportError as error:
@@ -82,8 +82,6 @@ def deepspeed_config(settings: Distillation, dtype: torch.dtype, accumulation: i
         zero["offload_optimizer"] = device
         if how.zero_stage == 3:
             zero["offload_param"] = device
-    if how.zero_stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -137,17 +135,18 @@ class Engine:
         import deepspeed
 
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.options, self._config = settings.optimizer, config
+        self._config, options = config, settings.optimizer
         optimizer = torch.optim.AdamW(
             self.trained.values(),
             lr=0.0,
-            betas=(self.options.beta1, self.options.beta2),
-            eps=self.options.eps,
-            weight_decay=self.options.weight_decay,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
         )
         with redirect_stdout(StringIO()):  # it prints how much memory there is
             self._engine, self._optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.module: Any = self._engine.module
+        self._is_plain = self._optimizer is optimizer  # the parameters are the masters
 
     @property
     def device(self) -> torch.device:
@@ -166,9 +165,10 @@ class Engine:
         """Ends a micro-batch; after the last one of a step the optimizer steps."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        for parameter in self.trained.values():
-            if parameter.grad is None and self._is_plain(parameter):  # no token came to it; ZeRO has zeros there too
-                parameter.grad = torch.zeros_like(parameter)
+        if self._is_plain and self._engine.is_gradient_accumulation_boundary():
+            for parameter in self.trained.values():
+                if parameter.grad is None:  # no token came to it; ZeRO has zeros there too
+                    parameter.grad = torch.zeros_like(parameter)
         self._engine.step()
 
     def beside(self, teacher: nn.Module) -> Any:
@@ -190,21 +190,12 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-        """Makes parameters whole that ZeRO spreads."""
-        if not hasattr(parameters[0], "ds_id"):
-            return nullcontext()
-        import deepspeed
-
-        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters)
-        return gathered
-
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Of each trained parameter its float32 master and moments, whole; all processes must go through it."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in self.trained.items():
-            if self._is_plain(parameter):
+            if self._is_plain:
                 own = self._optimizer.state[parameter]
                 yield name, {MASTER: parameter.detach(), **{key: own[key] for key in MOMENTS}}
                 continue
@@ -224,7 +215,7 @@ class Engine:
         parameter: Any
         for name, parameter in self.trained.items():
             own = read(name)
-            if self._is_plain(parameter):
+            if self._is_plain:
                 with torch.no_grad():
                     parameter.copy_(own[MASTER])
                 moments = {key: own[key].to(parameter.device, copy=True) for key in MOMENTS}
@@ -251,21 +242,24 @@ class Engine:
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _is_plain(self, parameter: nn.Parameter) -> bool:
-        return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
-
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters, whole and in the model's dtype, on the CPU of the first process; {} elsewhere."""
         found = {}
         for name, parameter in self.trained.items():
-            with self.gathered([parameter]):
+            with _whole(parameter):
                 if torch.distributed.get_rank() == 0:
                     found[name] = parameter.detach().to("cpu", copy=True)
         return found
 
-    def close(self) -> None:
-        """Gives back what DeepSpeed holds."""
-        self._engine.destroy()
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Here a parameter that ZeRO 3 spreads is whole."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter])
+    return gathered
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:

@@ -80,14 +80,7 @@ class Trainer:
         self.task, self.settings, self.tell = task, task.settings, tell
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.examples = Examples.load(task.examples)
-        held_out = self.settings.validation_sequences
-        self.order = Order(
-            num_sequences=len(self.examples.input_ids) - held_out,
-            batch_size=self.settings.batch_size,
-            epochs=self.settings.epochs,
-            max_steps=self.settings.max_steps,
-            seed=self.settings.seed,
-        )
+        self.order = Order.of(self.settings, len(self.examples.input_ids))
         self.cache = None if task.cache is None else TeacherCache(task.cache)
         self.accumulation = num_micro_batches(self.settings.batch_size, self.world, self.settings.micro_batch_size)
         config = deepspeed_config(self.settings, task.dtype, self.accumulation, self.world)
@@ -138,13 +131,12 @@ class Trainer:
         """One optimizer step."""
         began, step = time.monotonic(), self.progress.step
         batch_B = self.order.batch(step) + self.settings.validation_sequences
-        num_tokens = int(self.examples.num_counted[batch_B].sum())
+        num_tokens = int(self.examples.rows(batch_B).num_counted.sum())
         scale = self.world * self.accumulation / max(num_tokens, 1)
         rate = learning_rate(self.settings, step, self.order.num_steps)
         sums = torch.zeros(3, dtype=torch.float64)
         self.engine.module.train()
-        shares = micro_batches(batch_B, self.rank, self.world, self.settings.micro_batch_size)
-        shares += [torch.full_like(shares[0], NOTHING)] * (self.accumulation - len(shares))
+        shares = micro_batches(batch_B, self.rank, self.world, self.settings.micro_batch_size, self.accumulation)
         for micro, index_B in enumerate(shares):
             torch.manual_seed(dropout_seed(self.settings.seed, step, micro, self.rank))
             total, parts = self._loss(index_B)
@@ -154,12 +146,14 @@ class Trainer:
                 found = all_sum(sums.tolist(), self.engine.device)
                 self._check(found, batch_B)
             self.engine.step(rate)
-        self._check_gradient(batch_B)
+        norm = self.engine.gradient_norm
+        if norm is not None and not isfinite(norm):
+            self._give_up(f"the gradient of step {step + 1} is {norm}", batch_B)
         self.progress.step += 1
-        figures: dict[str, float] = {}
+        figures = {} if norm is None else {"gradient_norm": norm}
         if self.pruner is not None:
             self.pruner.step(self.progress.step)
-            figures = self.pruner.progress
+            figures |= self.pruner.progress
         self._tell(found, num_tokens, rate, time.monotonic() - began, figures)
 
     def _loss(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,11 +188,6 @@ class Trainer:
         if not all(map(isfinite, sums)):
             self._give_up(f"the loss of step {self.progress.step + 1} is {sums[0]}", batch_B)
 
-    def _check_gradient(self, batch_B: Tensor) -> None:
-        norm = self.engine.gradient_norm
-        if norm is not None and not isfinite(norm):
-            self._give_up(f"the gradient of step {self.progress.step + 1} is {norm}", batch_B)
-
     def _give_up(self, what: str, sequences: Tensor) -> NoReturn:
         raise DistillationError(
             f"{what}, on sequences {sorted(sequences.tolist())}; nothing from that step on is kept; lower"
@@ -214,19 +203,19 @@ class Trainer:
         figures |= {"tokens": tokens, "seconds": seconds, **more}
         if memory:
             figures["memory_bytes"] = memory
-        if self.engine.gradient_norm is not None:
-            figures["gradient_norm"] = self.engine.gradient_norm
         self.tell(figures)
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """The loss on the sequences held out; the weights are kept if it is the lowest."""
+        """The loss on the sequences held out; the weights are kept if it is the lowest, or if the last are wanted."""
         self.engine.module.eval()
-        held_out = torch.arange(self.settings.validation_sequences)
+        held_out, size = torch.arange(self.settings.validation_sequences), self.settings.micro_batch_size
         sums = torch.zeros(3, dtype=torch.float64)
-        for index_B in micro_batches(held_out, self.rank, self.world, self.settings.micro_batch_size):
+        for index_B in micro_batches(
+            held_out, self.rank, self.world, size, num_micro_batches(len(held_out), self.world, size)
+        ):
             sums += self._loss(index_B)[1]
-        tokens = int(self.examples.num_counted[held_out].sum())
+        tokens = int(self.examples.rows(held_out).num_counted.sum())
         loss, ce, kl = (value / max(tokens, 1) for value in all_sum(sums.tolist(), self.engine.device))
         if not isfinite(loss):
             self._give_up(f"the held-out loss after step {self.progress.step} is {loss}", held_out)
@@ -235,7 +224,8 @@ class Trainer:
         if self.rank == 0:
             self.tell(figures)
         is_final = self.pruner is None or self.pruner.is_done
-        if is_final and (self.progress.best is None or loss < self.progress.best):
+        wants_last = self.settings.keep == "last"
+        if is_final and (wants_last or self.progress.best is None or loss < self.progress.best):
             self.progress.best, self.progress.best_step = loss, self.progress.step
             save_best(self.task.folder, self.engine, self.pruner)
 

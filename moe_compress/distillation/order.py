@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..distillation_options import Distillation
+
 NOTHING = -1
 """A place of a micro-batch that no sequence fills: its tokens do not count."""
 
@@ -27,6 +29,17 @@ class Order:
     max_steps: int | None
     seed: int
 
+    @classmethod
+    def of(cls, settings: Distillation, found: int) -> Order:
+        """That of a training with so many sequences, of which those held out are none of its own."""
+        return cls(
+            num_sequences=found - settings.validation_sequences,
+            batch_size=settings.batch_size,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            seed=settings.seed,
+        )
+
     @property
     def steps_an_epoch(self) -> int:
         """Optimizer steps of an epoch."""
@@ -46,9 +59,8 @@ class Order:
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
-def micro_batches(batch_B: Tensor, rank: int, world: int, size: int) -> list[Tensor]:
-    """One process's share of a batch; every process has equally many micro-batches of `size`, filled with NOTHING."""
-    count = num_micro_batches(len(batch_B), world, size)
+def micro_batches(batch_B: Tensor, rank: int, world: int, size: int, count: int) -> list[Tensor]:
+    """One process's share of a batch: `count` micro-batches of `size`, filled up with NOTHING."""
     filled = torch.full((world * count * size,), NOTHING)
     filled[: len(batch_B)] = batch_B
     return list(filled.view(count, world, size)[:, rank])

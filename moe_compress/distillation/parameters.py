@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -94,6 +95,12 @@ def _routing(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
         block_path = path.rpartition(".")[0]
         count = len(experts.expert_map) if hasattr(experts, "expert_map") else experts.num_experts
         for name, parameter in model.get_submodule(block_path).named_parameters(block_path):
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves a parameter's own shape empty
+            shape = whole_shape(parameter)
             if not name.startswith(path + ".") and len(shape) <= 2 and shape[0] == count:
                 yield name, count
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """Of a parameter that ZeRO 3 may have spread, which leaves its own shape empty."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -19,23 +19,28 @@ class StepRecords:
     """
 
     def __init__(self, events: Path, board: Path) -> None:
-        self._events = events
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
-            self._board = SummaryWriter(str(board))
+        self._events, self._folder = events, board
+        self._board: Any = None
 
     def __call__(self, figures: dict[str, Any]) -> None:
         """Records the figures of one step, `step` among them."""
         kind = "validation" if "validation_loss" in figures else "step"
         append_event(self._events, kind, **figures)
+        self._board = self._board or _open_board(self._folder, figures["step"])
         if self._board is not None:
             for name, value in figures.items():
                 if name != "step":
                     self._board.add_scalar(name, value, figures["step"])
             self._board.flush()
+
+
+def _open_board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer; what a run that was killed wrote from this step on is no longer shown. None without it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step)
 
 
 class EventsTail:

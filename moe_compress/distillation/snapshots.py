@@ -38,7 +38,8 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        best: lowest loss on the held-out sequences; None before the first.
+        best: loss on the held-out sequences of the weights that are kept so far, the lowest unless the last are
+            wanted; None before the first.
         best_step: when that was.
         seconds: of training, all runs together.
     """

@@ -11,26 +11,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..calibration.text import IGNORED
 from ..checkpoint.reader import CheckpointReader
-from ..errors import RecipeError
 from ..model.architecture import load_config, model_class_of
 from ..model.quiet import quiet
-from ..model.switch import is_off_contract, put_on_contract
+from ..model.streamer import model_inputs
+from ..model.switch import put_on_contract
+from .parameters import whole_shape
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A checkpoint, compressed or not, whole. Under ZeRO 3 (`partitioned`) each process keeps its part alone.
-
-    Raises:
-        RecipeError: its experts are put together of parameters that ZeRO 3 keeps apart.
-    """
+    """A checkpoint, compressed or not, whole. Under ZeRO 3 (`partitioned`) each process keeps its part alone."""
     model_class = model_class_of(load_config(CheckpointReader(checkpoint)))
     with quiet():
         model: PreTrainedModel = model_class.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
-    if is_off_contract(model) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise RecipeError(
-            f"distillation.deepspeed.zero_stage: 3 cannot spread '{model.config.model_type}' before it is compressed;"
-            " set 2"
-        )
     put_on_contract(model)
     _hide_empty(model)
     return model
@@ -40,7 +32,7 @@ def _hide_empty(model: PreTrainedModel) -> None:
     """Makes buffers of parameters without elements, such as factors of rank 0, which ZeRO 3 cannot gather."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+            shape = whole_shape(parameter)
             if 0 in shape:
                 delattr(module, name)
                 module.register_buffer(name, torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
@@ -67,12 +59,10 @@ def forward(
         input_ids, attention_mask, targets: of `Examples`.
         with_hidden: also give the layers' outputs.
     """
-    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": with_hidden}
-    if not bool(attention_mask.all()):
-        inputs["attention_mask"] = attention_mask.long()
+    inputs: dict[str, Any] = {**model_inputs(input_ids, attention_mask)}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _shifted(targets, config.decoder_start_token_id, config.pad_token_id)
-    return model(**inputs)
+    return model(**inputs, use_cache=False, output_hidden_states=with_hidden)
 
 
 def _shifted(targets_NL: Tensor, start: int, padding: int) -> Tensor:

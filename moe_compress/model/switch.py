@@ -72,11 +72,6 @@ class SwitchBlock(SwitchTransformersSparseMLP):
         return mixed_TD.view_as(hidden_states)
 
 
-def is_off_contract(model: nn.Module) -> bool:
-    """Whether `put_on_contract` would turn anything."""
-    return any(type(block) is SwitchTransformersSparseMLP for block in model.modules())
-
-
 def put_on_contract(model: PreTrainedModel) -> None:
     """Turns every block of single experts in `model`, in place; other models stay as they are."""
     for block in model.modules():

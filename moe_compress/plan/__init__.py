@@ -15,6 +15,8 @@ from rich.console import Console
 
 from ..method_options import D2MoE
 from ..methods.limits import highest_ratio
+from ..model.discovery import MoELayer
+from ..model.skeleton import Skeleton
 from ..recipe import Recipe
 from ..stages.prepare import open_original
 from .costs import Workload
@@ -142,6 +144,14 @@ def make_plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         cluster=None if machine is None else timeline(work, machine, before),
         training=None if training is None else training.plan(speed),
     )
+
+
+def known_flops(recipe: Recipe, skeleton: Skeleton, layers: list[MoELayer]) -> dict[str, float]:
+    """Operations of the stages that the plan counts by themselves, by the names they run under."""
+    result = outcome(skeleton.model, layers, recipe.method)
+    work = Workload(recipe, describe(skeleton, layers), result, bytes_after=0)
+    sweep = sum(count for name, count in work.flops().items() if name.startswith("calibrate")) / work.passes
+    return {"calibrate": sweep, "calibrate again": sweep}
 
 
 def _too_many_workers(recipe: Recipe, machine: Machine) -> list[str]:

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.ranges import cut_to_fit
 from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes, gram_width, group_of, is_gram
+from ..calibration.worker import LAYERS_SHARE
 from ..method_options import D2MoE, Merge
 from ..methods.forms import cluster_counts
 from ..methods.limits import mean_rank
@@ -77,8 +79,23 @@ class Workload:
         self.num_workers, self.num_units = _side_by_side(recipe, machine)
         self.num_batches = ceil(text.num_sequences / text.batch_size)
         self.num_groups = min(recipe.cluster.replicas, self.num_batches)
-        self.num_chunks = ceil(model.num_layers / recipe.cluster.resident_layers)
+        self.resident_layers = self._resident_layers()
+        self.num_chunks = ceil(model.num_layers / self.resident_layers)
         self.num_levels = 1 + len(getattr(recipe.method, "levels", []))
+
+    def _resident_layers(self) -> int:
+        """Of `auto` a worker's share, or what of it fits into the memory that is known of a worker."""
+        asked, memory_gb = self.recipe.cluster.resident_layers, self.recipe.cluster.worker_memory_gb
+        if isinstance(asked, int):
+            return asked
+        columns = max(1, self.num_workers // self.num_groups)
+        of_gpu = None if self.machine is None else self.machine.memory_bytes
+        memory = of_gpu if memory_gb is None else memory_gb * 2**30
+        if memory is None:
+            return ceil(self.model.num_layers / columns)
+        layer = self.model.largest_layer * self.dtype.itemsize + max(map(self._statistics_bytes, self.model.layers))
+        ranges = cut_to_fit([layer] * self.model.num_layers, columns, LAYERS_SHARE * memory)
+        return max(map(len, ranges))
 
     # --- bytes ---------------------------------------------------------------------------------------------
 
@@ -104,7 +121,7 @@ class Workload:
         three times in fp32.
         """
         model, width = self.model, self.dtype.itemsize
-        resident = self.recipe.cluster.resident_layers
+        resident = self.resident_layers
         routed = max(5 * l.hidden_size + 2 * l.up_shape[0] + 2 * l.intermediate_size for l in model.layers)
         beside = 8 * model.hidden_size + 4 * model.attention_width
         backward = self.batch_tokens * (model.top_k * routed + beside) * width

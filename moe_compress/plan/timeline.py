@@ -127,7 +127,7 @@ def timeline(work: Workload, machine: Machine, bytes_before: int) -> Timeline:
         device_bytes=device,
         gpu_bytes=machine.memory_bytes,
         node_bytes=num_processes * max(here.values()) + driver,
-        store_bytes=work.boundary_bytes() // work.recipe.cluster.resident_layers // machine.num_nodes,
+        store_bytes=work.boundary_bytes() // work.resident_layers // machine.num_nodes,
         warnings=list(_warnings(work, machine, device)),
     )
 

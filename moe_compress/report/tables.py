@@ -127,7 +127,7 @@ def show_training(job_dir: Path, console: Console) -> None:
             table.add_row("top-1 agreement", "", f"{before['agreement']:.2%}", f"{after['agreement']:.2%}")
     losses = {entry["step"]: entry["validation_loss"] for entry in summary["validation"]}
     best = summary["best_step"]
-    table.add_row(f"held-out loss, best at step {best}", "", f"{losses[0]:.4f}", f"{losses[best]:.4f}")
+    table.add_row(f"held-out loss, kept from step {best}", "", f"{losses[0]:.4f}", f"{losses[best]:.4f}")
     console.print(table)
     if summary["tasks"]:
         console.print(_trained_task_table(summary["tasks"]))

@@ -77,7 +77,7 @@ def planned_costs(work: Workload, machine: Machine, bytes_before: int) -> Costs:
             "prune_layer": Cost(2 * both.seconds, 2 * both.storage_bytes),
             "evaluate_windows": Cost(seconds["evaluate"] / windows, bytes_before + work.bytes_after),
         },
-        chunk_bytes=work.recipe.cluster.resident_layers * work.model.largest_layer * work.dtype.itemsize,
+        chunk_bytes=work.resident_layers * work.model.largest_layer * work.dtype.itemsize,
         sums_bytes=sums_bytes,
         root_bytes=memory["libraries"] + memory["embeddings and head"],
         working_bytes=memory.get("backward of a micro-batch", 0),

@@ -42,6 +42,7 @@ class SimulatedExecutor:
         batch_bytes: hidden states of each micro-batch.
         write: leaves the statistics of a chunk; their experts' paths.
         packs: whether layer workers go to as few nodes as have room.
+        memory_bytes: of a GPU.
 
     Attributes:
         traffic: of all layer workers and units.
@@ -59,14 +60,19 @@ class SimulatedExecutor:
         batch_bytes: Sequence[int],
         write: Callable[[int], list[str]],
         packs: bool = False,
+        memory_bytes: int = 0,
     ) -> None:
-        self._packs = packs
+        self._packs, self._memory_bytes = packs, memory_bytes
         self._gpus, self._clock, self._costs, self._stubs = gpus, clock, costs, stubs
         self._model, self._batch_bytes, self._write = model, batch_bytes, write
         self.num_workers, self.num_slots = num_workers, len(gpus)
         self.traffic = Traffic()
         self.num_units = self.num_again = 0
         self._failure: CompressionError | None = None
+
+    def memory_bytes(self) -> int:
+        """Of a GPU."""
+        return self._memory_bytes
 
     def start_pool(self, setup: CalibrationSetup) -> Pool:
         """Virtual workers."""

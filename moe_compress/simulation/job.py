@@ -108,7 +108,7 @@ def dry_run(recipe: Recipe, machine: Machine, faults: Faults | None = None, cost
             statistics=job.place("statistics"),
             evaluation_tokens=None,
         )
-        names, size = list(skeleton.layers), recipe.cluster.resident_layers
+        names, size = list(skeleton.layers), work.resident_layers
         chunks = [names[i : i + size] for i in range(0, len(names), size)]
         token_bytes = shape.hidden_size * work.dtype.itemsize
         batches = TokenBatch.load(prepared.calibration_tokens).batches(recipe.calibration.batch_size)
@@ -128,6 +128,7 @@ def dry_run(recipe: Recipe, machine: Machine, faults: Faults | None = None, cost
                 prepared.statistics, [layer for layer in layers if skeleton.owner(layer.path) in chunks[chunk]]
             ),
             packs=recipe.cluster.placement == "pack",
+            memory_bytes=machine.memory_bytes or 0,
         )
         reporter, watch = Reporter(job, Console(quiet=True)), _Watch(clock)
         scheme = scheme_of(job, prepared)

@@ -240,7 +240,7 @@ class SimulatedPool:
 
     def _seconds(self, worker: _Worker, step: Step) -> float:
         """Of computing; what lies between the layers of a chunk is remade where another worker ran it forward."""
-        again = step.kind in ("backward", "gradient") and self._setup.chunk_layers > 1
+        again = step.kind in ("backward", "gradient") and len(self._model.chunks[step.chunk]) > 1
         is_remade = again and (step.chunk, step.part) not in worker.forwarded
         return self._costs.steps[step.kind] + (self._costs.steps["forward"] if is_remade else 0)
 

@@ -16,7 +16,6 @@ from ..executor import Executor
 from ..job import Job
 from ..progress import Reporter
 from ..recipe import Recipe
-from ..retry import patiently
 from .prepare import Prepared, sampled_seed, sums_full_grams
 from .routing import report_routing
 from .scheme import Pending, Scheme
@@ -32,6 +31,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         RecipeError: the job is sequential and the model's layers cannot run one after the other.
     """
     recipe, text, statistics = prepared.recipe, prepared.recipe.calibration, prepared.statistics
+    resident = recipe.cluster.resident_layers
     num_batches = -(-len(TokenBatch.load(prepared.calibration_tokens).input_ids) // text.batch_size)
     setup = CalibrationSetup(
         checkpoint=prepared.reader.folder,
@@ -44,9 +44,10 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         activation_bytes=int(text.activation_memory_gb * 2**30),
         full_grams=sums_full_grams(recipe),
         sampled_seed=sampled_seed(recipe),
-        chunk_layers=recipe.cluster.resident_layers,
+        chunk_layers=None if isinstance(resident, str) else resident,
         num_workers=executor.num_workers,
         num_groups=min(recipe.cluster.replicas, num_batches),
+        memory_bytes=executor.memory_bytes() if resident == "auto" else 0,
         below=prepared.below,
     )
     pending: Pending = []
@@ -62,7 +63,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
     else:
         check = partial(_check_sequential, recipe)
         sweep = Sweep(job, setup, recipe.cluster.in_flight_gb * 2**30, check, analyse)
-        patiently(atomic_write, done, json.dumps(sorted(sweep.run(executor, reporter))))
+        atomic_write(done, json.dumps(sorted(sweep.run(executor, reporter))))
     layers = statistics_seen(prepared.layers, statistics)
     if not layers:
         raise CalibrationError("no MoE layer saw a token of the calibration text; nothing can be compressed")

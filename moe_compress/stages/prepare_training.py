@@ -10,6 +10,7 @@ from ..checkpoint.manifest import MANIFEST_NAME, Manifest
 from ..checkpoint.reader import CheckpointReader, content_digest, resolve_checkpoint
 from ..distillation.examples import Examples
 from ..distillation.fit import check_processes
+from ..distillation.order import Order
 from ..distillation.parameters import choose_trained
 from ..distillation.routers import RouterLogits
 from ..distillation.sparsity import ColumnPruner
@@ -19,6 +20,7 @@ from ..evaluation.tasks.reading import check_task
 from ..job import Job
 from ..model.architecture import load_config
 from ..model.skeleton import Skeleton
+from ..model.switch import contract_conversions
 from ..progress import Reporter
 from ..recipe import Recipe, Training
 from .prepare import check_device, check_kind, check_output
@@ -39,6 +41,7 @@ class PreparedTraining:
         student, teacher: folders; None where there is no teacher.
         student_digest, teacher_digest: of their content.
         examples: file of all sequences.
+        num_steps: optimizer steps they make.
         evaluation_tokens: file of the evaluation windows; None where no text is evaluated.
         folder: of this training's snapshots and outcome.
         original_parameters: of all routed experts before compression.
@@ -50,6 +53,7 @@ class PreparedTraining:
     student_digest: str
     teacher_digest: str | None
     examples: Path
+    num_steps: int
     evaluation_tokens: Path | None
     folder: Path
     original_parameters: int
@@ -157,11 +161,13 @@ def prepare_training(job: Job, recipe: Training, reporter: Reporter) -> Prepared
     readers = [CheckpointReader(folder) for folder in (student, teacher) if folder is not None]
     original_parameters = count_parameters(readers[0])["experts_original"]
     _check_student(settings, readers[0], original_parameters)
+    if settings.deepspeed.zero_stage == 3:
+        _check_spreads(readers if settings.teacher == "live" else readers[:1])
     vocabulary = load_config(readers[0]).get_text_config().vocab_size
     tokens = job.folder / "tokens"
     tokens.mkdir(exist_ok=True)
     examples = training_tokens(settings, student, tokens, reporter)
-    _check_examples(settings, Examples.load(examples), vocabulary, reporter)
+    found = _check_examples(settings, Examples.load(examples), vocabulary, reporter)
     windows = None if recipe.evaluation is None else evaluation_tokens(recipe.evaluation, student, tokens)
     if windows is not None:
         check_vocabulary(student, vocabulary, windows)
@@ -173,6 +179,7 @@ def prepare_training(job: Job, recipe: Training, reporter: Reporter) -> Prepared
         student_digest=digests[0],
         teacher_digest=digests[1] if teacher is not None else None,
         examples=examples,
+        num_steps=Order.of(settings, found).num_steps,
         evaluation_tokens=windows,
         folder=Path(),
         original_parameters=original_parameters,
@@ -191,7 +198,18 @@ def _check_student(settings: Distillation, student: CheckpointReader, original_p
         ColumnPruner(model, settings.sparsity, 1, original_parameters)
 
 
-def _check_examples(settings: Distillation, examples: Examples, vocabulary: int, reporter: Reporter) -> None:
+def _check_spreads(readers: list[CheckpointReader]) -> None:
+    """ZeRO 3 must not keep apart what loading puts together."""
+    for skeleton in map(Skeleton, readers):
+        if skeleton.quantizer is None and contract_conversions(skeleton.model):
+            raise RecipeError(
+                f"distillation.deepspeed.zero_stage: 3 cannot spread '{skeleton.model.config.model_type}' before"
+                f" it is compressed ({skeleton.reader.folder}); set 2"
+            )
+
+
+def _check_examples(settings: Distillation, examples: Examples, vocabulary: int, reporter: Reporter) -> int:
+    """How many there are."""
     found, held_out = len(examples.input_ids), settings.validation_sequences
     if found <= held_out:
         raise RecipeError(
@@ -210,6 +228,7 @@ def _check_examples(settings: Distillation, examples: Examples, vocabulary: int,
             f"distillation.num_sequences: there are {found} of the {asked} sequences asked for, {held_out} of them held"
             " out"
         )
+    return found
 
 
 def _check_earlier_output(prepared: PreparedTraining) -> None:

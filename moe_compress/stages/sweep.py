@@ -20,7 +20,6 @@ from ..errors import CalibrationError
 from ..executor import Alone, Done, Event, Executor, Failed, Joined, Lost
 from ..job import Job
 from ..progress import Reporter
-from ..retry import patiently
 
 MAX_DEATHS = 3
 """How many workers may die at the same step before the job gives up."""
@@ -178,4 +177,4 @@ class Finished:
         """Writes down layers and the experts in them."""
         for name in names:
             self._paths[name] = [path for path in paths if path.startswith(f"{name}.")]
-        patiently(atomic_write, self.file, json.dumps(self._paths))
+        atomic_write(self.file, json.dumps(self._paths))

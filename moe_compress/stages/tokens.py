@@ -76,13 +76,7 @@ def calibration_tokens(settings: Calibration, checkpoint: Path, folder: Path) ->
         RecipeError: the text cannot be read, or fills no sequence.
     """
     shape = (settings.num_sequences, settings.sequence_length, settings.seed)
-    if reads_pairs(checkpoint):
-        return _cached_pairs("calibration", settings, settings.text, shape, checkpoint, folder, calibration_pairs)
-
-    def make() -> TokenBatch:
-        return calibration_sequences(_documents(settings.text, read_documents), load_tokenizer(checkpoint), *shape)
-
-    return _cached("calibration", settings.text, shape, checkpoint, folder, make)
+    return _packed("calibration", settings, settings.text, shape, checkpoint, folder)
 
 
 def evaluation_tokens(settings: Evaluation, checkpoint: Path, folder: Path) -> Path | None:
@@ -118,18 +112,8 @@ def training_tokens(settings: Distillation, checkpoint: Path, folder: Path, repo
     shape = (settings.num_sequences + settings.validation_sequences, settings.sequence_length, settings.seed)
     if settings.task is not None:
         return _task_tokens(settings.task, shape, checkpoint, folder, reporter)
-    text = settings.text
-    assert text is not None
-    packed: Path
-    if reads_pairs(checkpoint):
-        packed = _cached_pairs("distillation", settings, text, shape, checkpoint, folder, calibration_pairs)
-    else:
-
-        def make() -> TokenBatch:
-            documents = _documents(text, read_documents)
-            return calibration_sequences(documents, load_tokenizer(checkpoint), *shape)
-
-        packed = _cached("distillation", text, shape, checkpoint, folder, make)
+    assert settings.text is not None
+    packed = _packed("distillation", settings, settings.text, shape, checkpoint, folder)
     target = folder / f"{packed.stem}-examples.safetensors"
     if not target.exists():
         Examples.of_text(TokenBatch.load(packed)).save(target)
@@ -185,6 +169,19 @@ def _pairs(text: Text, settings: TextPairs) -> Iterator[tuple[str, str]]:
     if isinstance(text, DatasetText):
         return dataset_pairs(text.dataset, text.config, text.split, fields)
     return read_pairs(text, fields)
+
+
+def _packed(
+    part: str, settings: TextPairs, text: Text, shape: tuple[int, int, int], checkpoint: Path, folder: Path
+) -> Path:
+    """File of sequences packed with text, or of pairs; `shape` is how many, their length, and the seed."""
+    if reads_pairs(checkpoint):
+        return _cached_pairs(part, settings, text, shape, checkpoint, folder, calibration_pairs)
+
+    def make() -> TokenBatch:
+        return calibration_sequences(_documents(text, read_documents), load_tokenizer(checkpoint), *shape)
+
+    return _cached(part, text, shape, checkpoint, folder, make)
 
 
 def _cached_pairs(

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..checkpoint.writer import atomic_write
-from ..distillation.examples import Examples
 from ..distillation.fit import Run
 from ..distillation.loop import RESULT_NAME, Task
 from ..distillation.records import EventsTail
@@ -97,10 +96,7 @@ def train(job: Job, prepared: PreparedTraining, executor: Executor, fit: Fit, re
 def _following(events: Path, prepared: PreparedTraining, reporter: Reporter) -> Iterator[None]:
     """Shows the steps that the training writes down, wherever it runs."""
     tail, over = EventsTail(events), threading.Event()
-    settings = prepared.recipe.distillation
-    sequences = len(Examples.load(prepared.examples).input_ids) - settings.validation_sequences
-    total = settings.epochs * -(-sequences // settings.batch_size)
-    with reporter.stage("train", min(total, settings.max_steps or total)) as stage:
+    with reporter.stage("train", prepared.num_steps) as stage:
         stage.begin_at(read_progress(prepared.folder)[1].step)
 
         def show() -> None:

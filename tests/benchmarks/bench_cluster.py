@@ -105,10 +105,9 @@ def run(folder: Path, model: Path, text: Path, sequences: int, cluster: dict[str
         with closing(executor), ProcessorTime() as used:
             scheme = scheme_of(job, prepared)
             pending = calibrate(job, prepared, scheme, executor, reporter)
-            compress_layers(job, prepared, scheme.decide(pending, executor, reporter), executor, reporter)
+            shards = compress_layers(job, prepared, scheme.decide(pending, executor, reporter), executor, reporter)
             wall_s = time.perf_counter() - began
-    staged = next(folder.glob(".out*"))
-    return Figures(wall_s, used.seconds, os.getloadavg()[0], hashes(staged))
+    return Figures(wall_s, used.seconds, os.getloadavg()[0], hashes(shards[0].parent))
 
 
 def main() -> None:

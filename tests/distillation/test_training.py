@@ -81,3 +81,18 @@ def test_micro_batches_and_padding_weigh_nothing(task: Task, undisturbed: list[d
     whole = replace(task, settings=task.settings.model_copy(update={"micro_batch_size": 6}), folder=tmp_path / "whole")
     (curve,) = curves([whole], world=1)
     assert_same(curve, undisturbed)
+
+
+def test_keeps_the_best_or_the_last(task: Task, tmp_path: Path) -> None:
+    """At a rate at which every step makes it worse."""
+    optimizer = task.settings.optimizer.model_copy(update={"learning_rate": 0.3, "warmup": 0.0})
+    trainings = []
+    for keep in ("best", "last"):
+        (tmp_path / keep).mkdir()
+        settings = task.settings.model_copy(update={"optimizer": optimizer, "max_steps": 3, "keep": keep})
+        trainings.append(replace(task, settings=settings, folder=tmp_path / keep))
+    curves(trainings, world=1)
+    kept = [json.loads((each.folder / RESULT_NAME).read_text())["best_step"] for each in trainings]
+    assert kept == [0, 3]
+    best, last = (load_file(each.folder / BEST_NAME) for each in trainings)
+    assert not all(torch.equal(best[name], last[name]) for name in best)

@@ -17,6 +17,7 @@ from jobs import cli
 from moe_compress.checkpoint import Manifest, Source
 from tests.conftest import Checkpoint
 from tests.jobs.test_bad_input import all_below, assert_one_line, fail
+from tests.switch_models import cipher_pairs, random_switch, save_switch, write_pairs
 from tests.task_files import ROWS, write_rows
 
 pytest.importorskip("deepspeed")
@@ -118,6 +119,15 @@ def made_by_another_job(root: Path, recipe: Recipe) -> None:
     Manifest(tool_version="0", source=Source(name="m", digest="0"), **about).save(root / "out" / "small")
 
 
+def live_switch_at_stage_3(root: Path, recipe: Recipe) -> None:
+    """A teacher whose experts are a module each, which loading stacks."""
+    save_switch(random_switch(), root / "switch")
+    write_pairs(root / "pairs.jsonl", cipher_pairs(20, seed=0))
+    recipe |= {"model": "switch", "teacher": "switch"}
+    recipe["distillation"] |= {"text": "pairs.jsonl", "deepspeed": {"zero_stage": 3}}
+    del recipe["evaluation"]
+
+
 CASES: dict[str, tuple[Spoil, str]] = {
     # the recipe
     "unknown section": (put("distil", {}), "distil: unknown key; known here: cluster, distillation, evaluation"),
@@ -146,6 +156,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
         lambda root, recipe: [path.unlink() for path in (root / "student").glob("tokenizer*")],
         "the tokenizer does not load",
     ),
+    "stage 3 of single experts": (live_switch_at_stage_3, "zero_stage: 3 cannot spread 'switch_transformers'"),
     "parameters that are not there": (put("distillation.train", ["*.wi"]), "distillation.train: '*.wi' matches no"),
     "factors of an original": (put("distillation.train", "factors"), "distillation.train: 'factors' is none of"),
     "sparsity without columns": (put("distillation.sparsity.ratio", 0.9), "distillation.sparsity: prunes sparse"),

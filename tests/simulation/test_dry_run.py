@@ -71,6 +71,14 @@ def test_replicas_share_the_micro_batches(small: Path) -> None:
     assert both.experts_kept == one.experts_kept == NUM_LAYERS * 4 * 3 * 64 * 32
 
 
+def test_workers_hold_as_many_layers_as_fit(small: Path) -> None:
+    machine = machine_of("h100", 4)
+    run = dry_run(recipe_on(small, cluster={"resident_layers": "auto"}), machine, costs=recorded())
+    whole = dry_run(recipe_on(small, cluster={"resident_layers": NUM_LAYERS // 4}), machine, costs=recorded())
+    assert run.num_steps == whole.num_steps == 4 * 8 * 2 + 8 + 4
+    assert run.stages["calibrate"] == whole.stages["calibrate"]
+
+
 def test_bytes_are_counted_where_they_go(small: Path) -> None:
     def run(node_gpus: int, placement: str = "spread", **costs: Any) -> DryRun:
         machine = machine_of("h100", 4, [f"node_gpus={node_gpus}"])

@@ -1,0 +1,42 @@
+"""The figures of steps, when a run was killed and goes on from an earlier step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_compress.distillation.records import EventsTail, StepRecords
+
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+
+def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+    events, board = tmp_path / "events.jsonl", tmp_path / "board"
+    for run, steps in enumerate([range(1, 6), range(4, 8)]):
+        records = StepRecords(events, board)
+        for step in steps:
+            records({"step": step, "loss": 10.0 * run + step})
+    shown = accumulator.EventAccumulator(str(board)).Reload().Scalars("loss")
+    assert [(point.step, point.value) for point in shown] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 14),
+        (5, 15),
+        (6, 16),
+        (7, 17),
+    ]
+
+
+def test_the_tail_gives_whole_lines_once(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    events.write_text('{"event": "before"}\n')
+    tail = EventsTail(events)
+    with events.open("a") as file:
+        file.write('{"event": "a"}\n{"event": ')
+    assert [line["event"] for line in tail.read()] == ["a"]
+    with events.open("a") as file:
+        file.write('"b"}\n')
+    assert [line["event"] for line in tail.read()] == ["b"]
+    assert not list(tail.read())
