@@ -48,6 +48,10 @@ ALLOWED = {
         *("methods", "distillation", "distillation_options"),
         *("stages", "report"),
     },
+    "simulation": {
+        *("errors", "recipe", "checkpoint", "model", "calibration", "methods", "executor", "job", "progress"),
+        *("stages", "plan"),
+    },
     "materialize": {"errors", "checkpoint", "model"},
     "report": {"errors", "recipe", "checkpoint", "model", "job", "stages"},
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.ranges import cut_to_fit
-from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes, gram_width, is_gram
+from ..calibration.statistics import SAMPLE_TOKENS, gram_shapes, gram_width, group_of, is_gram
 from ..calibration.worker import LAYERS_SHARE
 from ..method_options import D2MoE, Merge
 from ..methods.forms import cluster_counts
@@ -26,7 +26,7 @@ from ..methods.limits import mean_rank
 from ..methods.metric import experts_at_once
 from ..methods.slots import Slot, slots
 from ..model.discovery import MoELayer
-from ..model.expert_bank import GROUPS
+from ..model.expert_bank import GROUPS, matrix_shape
 from ..model.stored_experts import BLOCK_BYTES
 from ..recipe import Recipe
 from .machine import TF32, Machine
@@ -61,6 +61,7 @@ class Workload:
         passes: through the stages, from calibration to shards.
         num_workers: layer workers; num_units: units of work side by side.
         num_batches, num_chunks: micro-batches of the text and chunks of layers, of which the calibration's calls are.
+        num_groups: of micro-batches whose statistics are summed apart, each by workers of its own.
         num_levels: of the output, each evaluated by itself.
     """
 
@@ -77,20 +78,23 @@ class Workload:
         self.passes = 2 if recipe.method.sequential else 1
         self.num_workers, self.num_units = _side_by_side(recipe, machine)
         self.num_batches = ceil(text.num_sequences / text.batch_size)
+        self.num_groups = min(recipe.cluster.replicas, self.num_batches)
         self.resident_layers = self._resident_layers()
         self.num_chunks = ceil(model.num_layers / self.resident_layers)
         self.num_levels = 1 + len(getattr(recipe.method, "levels", []))
 
     def _resident_layers(self) -> int:
-        """Of `auto` a worker's share, or what of it fits into the memory that the recipe gives a worker."""
+        """Of `auto` a worker's share, or what of it fits into the memory that is known of a worker."""
         asked, memory_gb = self.recipe.cluster.resident_layers, self.recipe.cluster.worker_memory_gb
         if isinstance(asked, int):
             return asked
-        columns = max(1, self.num_workers // self.recipe.cluster.replicas)
-        if memory_gb is None:
+        columns = max(1, self.num_workers // self.num_groups)
+        of_gpu = None if self.machine is None else self.machine.memory_bytes
+        memory = of_gpu if memory_gb is None else memory_gb * 2**30
+        if memory is None:
             return ceil(self.model.num_layers / columns)
         layer = self.model.largest_layer * self.dtype.itemsize + max(map(self._statistics_bytes, self.model.layers))
-        ranges = cut_to_fit([layer] * self.model.num_layers, columns, LAYERS_SHARE * memory_gb * 2**30)
+        ranges = cut_to_fit([layer] * self.model.num_layers, columns, LAYERS_SHARE * memory)
         return max(map(len, ranges))
 
     # --- bytes ---------------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ class Workload:
             "libraries": PROCESS_BYTES,
             "embeddings and head": model.root_parameters * width,
             "resident layers": resident * model.largest_layer * width,
-            "activations between layers": min(self._boundary_bytes() // self.num_workers, self._activation_limit()),
+            "activations between layers": min(self.boundary_bytes() // self.num_workers, self._activation_limit()),
         } | max(peaks, key=lambda peak: sum(peak.values()))
 
     def _unit_memory(self) -> dict[str, int]:
@@ -139,19 +143,24 @@ class Workload:
         experts are compared), two of the layer's Grams, and some matrices in fp32: four an expert, of one expert on a
         CPU, of a block on a GPU."""
         layer = max(self.model.layers, key=lambda each: each.num_parameters)
-        size, width = prod(layer.up_shape), self.model.dtype.itemsize
-        at_once = max(experts_at_once(layer, group, self._on_gpu()) for group in GROUPS)
-        method = self.recipe.method
+        width, method = self.model.dtype.itemsize, self.recipe.method
+        at_once = {group: experts_at_once(layer, group, self._on_gpu()) for group in GROUPS}
+        sizes = {group: prod(matrix_shape(layer, group)) for group in GROUPS}
         by_block = isinstance(method, D2MoE) and not method.align
-        block = max(BLOCK_BYTES, at_once * size * width) if by_block else self.model.largest_tensor * width
+        block = (
+            max(BLOCK_BYTES, *(at_once[g] * sizes[g] * width for g in GROUPS))
+            if by_block
+            else self.model.largest_tensor * width
+        )
         shapes = gram_shapes(layer, self.full)
-        side = max(gram_width(layer, name) for name in shapes if is_gram(name))
+        for name in filter(is_gram, shapes):
+            sizes[group_of(name)] = max(sizes[group_of(name)], gram_width(layer, name) ** 2)
         return {
             "libraries": PROCESS_BYTES,
             "factors": self.model.largest_tensor * width,
             "experts": 2 * block,
             "statistics": 2 * 4 * max(prod(shape) for shape in shapes.values()),
-            "arithmetic": at_once * 4 * 4 * max(size, side**2),
+            "arithmetic": 4 * 4 * max(at_once[group] * sizes[group] for group in GROUPS),
         }
 
     def _evaluation_memory(self) -> dict[str, int]:
@@ -184,7 +193,7 @@ class Workload:
         Tokens: nine bytes each.
         """
         energies = 4 * self.num_directions()
-        spilled = self._boundary_bytes() - self.num_workers * self._activation_limit()
+        spilled = self.boundary_bytes() - self.num_workers * self._activation_limit()
         return {
             "statistics": self.passes * sum(self._statistics_bytes(layer) for layer in self.model.layers),
             "spectra": self.passes * energies,
@@ -200,7 +209,7 @@ class Workload:
             return 0
         return self.passes * 2 * (self.num_chunks - 1) * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
 
-    def _boundary_bytes(self) -> int:
+    def boundary_bytes(self) -> int:
         """The input of every layer for the whole text: L n D w."""
         return self.model.num_layers * self.num_tokens * self.model.hidden_size * self.dtype.itemsize
 

@@ -95,7 +95,8 @@ def _cluster(cluster: dict[str, Any]) -> Iterator[str | Table]:
     yield from _stages(cluster)
     device = ", ".join(f"{name} {bytes_for_people(size)}" for name, size in cluster["device_bytes"].items())
     there = "" if cluster["gpu_bytes"] is None else f" of {bytes_for_people(cluster['gpu_bytes'])}"
-    yield f"On a GPU{there}: {device}; a node's own memory {bytes_for_people(cluster['node_bytes'])}"
+    node, store = bytes_for_people(cluster["node_bytes"]), bytes_for_people(cluster["store_bytes"])
+    yield f"On a GPU{there}: {device}; in a node's own memory: processes {node}, hidden states {store}"
     assumed = ", ".join(f"{name} {value:g}" for name, value in cluster["assumed"].items())
     yield f"Assumed (see --assume): {assumed}"
     yield from (f"Warning: {warning}" for warning in cluster["warnings"])

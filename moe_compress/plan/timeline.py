@@ -9,7 +9,8 @@ c - 1 is done with it. With B micro-batches, in units of a chunk's time for one 
 
     floor((C - 1) / W) max(B, W) + (C - 1) mod W + B          against C B / W with every worker busy
 
-so more workers than micro-batches wait. Symbols as in costs.py.
+so more workers than micro-batches wait. Replicas are pipelines side by side, each of its share of both. A worker comes
+back first to the chunk that it left last: 2 C - W chunks are read, C where each has a worker. Symbols as in costs.py.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Timeline:
         hours: at least; gpu_hours: times the GPUs.
         device_bytes: process -> what it holds on its GPU at its peak; gpu_bytes: what there is, if that is known.
         node_bytes: of a node's own memory, all its processes of the stage that needs most.
+        store_bytes: hidden states that lie on each node until the gradients come back, in Ray's object store.
         warnings: what makes the cluster a bad choice.
     """
 
@@ -72,6 +74,7 @@ class Timeline:
     device_bytes: dict[str, int]
     gpu_bytes: int | None
     node_bytes: int
+    store_bytes: int
     warnings: list[str]
 
 
@@ -124,6 +127,7 @@ def timeline(work: Workload, machine: Machine, bytes_before: int) -> Timeline:
         device_bytes=device,
         gpu_bytes=machine.memory_bytes,
         node_bytes=num_processes * max(here.values()) + driver,
+        store_bytes=work.boundary_bytes() // work.resident_layers // machine.num_nodes,
         warnings=list(_warnings(work, machine, device)),
     )
 
@@ -215,17 +219,20 @@ class _Stages:
         return stage_time(self.machine, "prepare", driver=hashing, storage=self.before, nodes=1)
 
     def _calibrate(self) -> StageTime:
-        """Model and statistics through the pipeline; weights twice a sweep, once where they stay; sums written once."""
-        work, disk = self.work, self.work.disk_bytes()
+        """Model and statistics through the pipeline; weights for every group of micro-batches; sums written once, those
+        of several groups also apart and read again."""
+        work, disk, groups = self.work, self.work.disk_bytes(), self.work.num_groups
         chunks, batches, workers = work.num_chunks, work.num_batches, work.num_workers
-        stretch = pipeline_units(chunks, batches, workers) * workers / (chunks * batches)
-        sweeps = work.passes * (1 if chunks <= workers else 2)
+        columns = max(1, workers // groups)
+        stretch = pipeline_units(chunks, ceil(batches / groups), columns) * workers / (chunks * batches)
+        weights = work.passes * groups * self.before * (2 * chunks - min(chunks, columns)) // chunks
+        times = 1 if groups == 1 else 2 * groups + 1
         return stage_time(
             self.machine,
             "calibrate",
             compute=self.calibrating * stretch,
             busy_s=self.calibrating * workers / self.machine.num_gpus,
-            storage=sweeps * self.before + disk["statistics"],
+            storage=weights + times * disk["statistics"],
             network=work.network_bytes() if self.machine.num_nodes > 1 else 0,
             disk=2 * work.passes * disk["spilled activations"],
         )

@@ -83,6 +83,11 @@ def test_figures_of_deepseek_by_hand() -> None:
     assert calibrate.resources["storage"] == pytest.approx(calibrate.storage_bytes / 8 / 2.5e9)
     busy = sum(plan.seconds[f"calibrate: {part}"] for part in ("model", "statistics"))
     assert calibrate.resources["compute"] == pytest.approx(busy * 64 / 61 * (60 + 16) / 16)
+    flops = plan.flops["calibrate: statistics"]
+    assert plan.seconds["calibrate: statistics"] == pytest.approx(flops / (494e12 * 0.5) / 64)  # TF32, for bf16 inputs
+    task = plan.memory_bytes["factorisation task"]
+    at_once = {"up": 2**29 // (7168 * 7168), "down": 2**29 // (4096 * 2048)}  # experts of a block (methods/metric.py)
+    assert task["arithmetic"] == 16 * max(at_once["up"] * 4096 * 7168, at_once["down"] * 7168 * 2048)
     assert stage_of(plan, "prepare").seconds == pytest.approx(before / 2.5e9)
     processes = 64 // 8  # micro-batches of the windows
     evaluate = stage_of(plan, "evaluate")
