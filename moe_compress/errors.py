@@ -31,3 +31,10 @@ class CompressionError(MoECompressError):
 
 class DistillationError(MoECompressError):
     """A training cannot go on; its snapshots are kept."""
+
+
+class StorageError(MoECompressError, OSError):
+    """An object store refuses, or fails for longer than it is waited for. Made of an errno and the line."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)

@@ -34,6 +34,7 @@ from ..model.streamer import (
     summed_nll,
 )
 from ..process import give_back
+from ..storage import node_scratch
 from .activations import ActivationStore
 from .statistics import SAMPLE_TOKENS, LayerStatistics
 from .text import TokenBatch
@@ -106,7 +107,7 @@ class LayerWorker:
         names, size = self.streamer.names, setup.chunk_layers
         self.chunks = [names[i : i + size] for i in range(0, len(names), size)]
         self.moe = {layer.path: layer for layer in skeleton.moe_layers()}
-        self.store = ActivationStore(setup.scratch / f"{index}-{os.getpid()}", setup.activation_bytes)
+        self.store = ActivationStore(node_scratch(setup.scratch) / f"{index}-{os.getpid()}", setup.activation_bytes)
         self.statistics: dict[str, LayerStatistics] = {}
         self._loaded: tuple[Skeleton, int] | None = None
         self._traced: tuple[int, Trace] | None = None
