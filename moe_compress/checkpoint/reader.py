@@ -286,7 +286,7 @@ def content_digest(reader: CheckpointReader, cache: Path | None = None) -> str:
 def _sha256_of_finite(reader: CheckpointReader, path: Path) -> str:
     """sha256 of a shard whose tensors are all finite."""
     entries = sorted((entry for entry in reader.entries.values() if entry.file == path), key=lambda e: e.offset)
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         digest = hashlib.sha256(file.read(entries[0].offset if entries else -1))
     for entry in entries:
         dtype = entry.torch_dtype

@@ -206,7 +206,8 @@ def publish(staging: Path, output: Path, elsewhere: Sequence[Path] = ()) -> None
 def _publish_stored(staging: Path, output: StoredPath, elsewhere: Sequence[Path]) -> None:
     mark = output / UNFINISHED_NAME
     atomic_write(mark, "")
-    for name in files_in(output) - {UNFINISHED_NAME}:  # of a run that was killed here
+    left = sorted(files_in(output) - {UNFINISHED_NAME}, key=lambda name: name not in _LOADABLE)
+    for name in left:  # of a run that was killed here
         (output / name).unlink(missing_ok=True)
     staged = {path.name: path for path in staging.iterdir()}
     last = [name for name in _LOADABLE if name in staged]

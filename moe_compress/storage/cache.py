@@ -97,9 +97,8 @@ class Cache:
 
         Its lock tells that its process lives, and its size, which it has from the beginning, what it takes.
         """
-        temporary = self.folder / "new" / uuid4().hex
-        with temporary.open("x+b") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        temporary, file = self._new()
+        with file:
             file.truncate(num_bytes)
             try:
                 yield temporary, file
@@ -128,6 +127,15 @@ class Cache:
     def used_bytes(self) -> int:
         """What its files take, measured."""
         return sum(size for _, size, _ in self._files())
+
+    def _new(self) -> tuple[Path, BinaryIO]:
+        while True:
+            temporary = self.folder / "new" / uuid4().hex
+            file = temporary.open("x+b")
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if _is_open_as(file, temporary):  # nobody took it for a dead process's before it was locked
+                return temporary, file
+            file.close()
 
     def _make_room(self, num_bytes: int, needed: bool) -> bool:
         """Counts a new file of `new`, others may go for it; what killed processes left goes with them."""
@@ -167,7 +175,7 @@ class Cache:
 
     def _remove_unfinished(self) -> None:
         """Removes what killed processes were about to make."""
-        for path in (self.folder / "new").iterdir():
+        for path in sorted((self.folder / "new").iterdir(), key=lambda path: path.suffix):  # marks before folders
             mark = path.with_suffix("")
             if path == mark:
                 with suppress(OSError), path.open("rb") as file:

@@ -23,6 +23,7 @@ from pyarrow import fs as pafs
 from ..errors import StorageError
 from .stores import filesystem, retrying
 
+_BUFFER_BYTES = 8 * 2**20
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/{1,2}(?!/)(.+)", re.DOTALL)
 
 
@@ -146,7 +147,9 @@ class StoredPath(PosixPath):
             self._refuse(f"open({mode!r})")
         served, path = self.store
         file = retrying(f"{self}: cannot be read", lambda: served.open_input_file(path))
-        stream = io.BufferedReader(_Object(self, file), 2**20)
+        if buffering == 0:
+            return _Object(self, file)
+        stream = io.BufferedReader(_Object(self, file), _BUFFER_BYTES)
         return stream if mode == "rb" else io.TextIOWrapper(stream, *(args or ("utf-8",)), **options)
 
     def read_bytes(self) -> bytes:

@@ -2,8 +2,8 @@
 
 A block is BLOCK_BYTES at a multiple of BLOCK_BYTES; what is read is fetched in whole blocks, several at a time, and
 kept in the cache while there is room, so that a second pass reads the disk. An object that changes under its name is
-refused: blocks are known by the object's version (its ETag, else size and time), which is looked up again after
-everything that was fetched.
+refused: blocks are known by the object's version (its ETag, else size and time), which is looked up again after each
+block that was fetched.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class _Source:
 
         def open_it() -> tuple[Any, str]:
             file = served.open_input_file(path)
-            etag = (file.metadata() or {}).get(b"ETag")
-            return file, etag.decode() if etag else str(served.get_file_info(path))
+            etag = (file.metadata() or {}).get("ETag")
+            info = None if etag else served.get_file_info(path)
+            return file, etag.decode() if info is None else f"{info.size} {info.mtime_ns}"
 
         return retrying(f"{self.path}: cannot be read", open_it)
 
@@ -50,7 +51,7 @@ class _Source:
         """Fills a buffer from a position; returns the bytes that there were."""
         end = min(position + len(buffer), self.size)
         wanted = range(position // BLOCK_BYTES, -(-end // BLOCK_BYTES) if end > position else 0)
-        done, fetched = position, False
+        done = position
         ahead = iter(wanted)
         coming: dict[int, Future[bytes]] = {}
         for number in wanted:
@@ -63,13 +64,9 @@ class _Source:
             begin = number * BLOCK_BYTES
             into = buffer[done - position : min(begin + BLOCK_BYTES, end) - position]
             if number in coming or not self._read_cached(number, into, done - begin):
-                fetched = True
                 raw = (coming.pop(number, None) or self._start(number, always=True)).result()  # type: ignore[union-attr]
                 into[:] = raw[done - begin : done - begin + len(into)]
             done += len(into)
-        if fetched and self._open()[1] != self.version:
-            _forget(self.path)
-            raise StorageError(errno.ESTALE, f"{self.path}: was replaced after it was opened; begin the job again")
         return end - position
 
     def prefetch(self, begin: int, end: int) -> None:
@@ -104,8 +101,8 @@ class _Source:
         begin = number * BLOCK_BYTES
         length = min(BLOCK_BYTES, self.size - begin)
         raw: bytes = retrying(f"{self.path}: cannot be read", lambda: self.file.read_at(length, begin))
-        if len(raw) != length:
-            raise StorageError(errno.ESTALE, f"{self.path}: got shorter after it was opened; begin the job again")
+        if len(raw) != length or self._open()[1] != self.version:
+            raise StorageError(errno.ESTALE, f"{self.path}: was replaced after it was opened; begin the job again")
         cache = node_cache()
         cache.add(cache.name(self._name(number)), partial(_write, raw), length)
         return raw
