@@ -42,8 +42,10 @@ class _Source:
         def open_it() -> tuple[Any, str]:
             file = served.open_input_file(path)
             etag = (file.metadata() or {}).get("ETag")
-            info = None if etag else served.get_file_info(path)
-            return file, etag.decode() if info is None else f"{info.size} {info.mtime_ns}"
+            if etag:
+                return file, etag.decode()
+            info = served.get_file_info(path)
+            return file, f"{info.size} {info.mtime_ns}"
 
         return retrying(f"{self.path}: cannot be read", open_it)
 
