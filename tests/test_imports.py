@@ -31,7 +31,7 @@ ALLOWED = {
     "evaluation": {"errors", "recipe_fields", "storage", "checkpoint", "model", "calibration"},
     "distillation": {
         *("errors", "process", "distillation_options", "recipe_fields", "checkpoint", "model", "calibration"),
-        "evaluation",
+        *("evaluation", "storage"),
     },
     "job": {"errors", "recipe", "storage", "checkpoint"},
     "progress": {"job", "memory"},

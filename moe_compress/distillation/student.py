@@ -15,6 +15,7 @@ from ..errors import RecipeError
 from ..model.architecture import load_config, model_class_of
 from ..model.quiet import quiet
 from ..model.switch import is_off_contract, put_on_contract
+from ..storage import local_folder
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -24,8 +25,8 @@ def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
         RecipeError: its experts are put together of parameters that ZeRO 3 keeps apart.
     """
     model_class = model_class_of(load_config(CheckpointReader(checkpoint)))
-    with quiet():
-        model: PreTrainedModel = model_class.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
+    with quiet(), local_folder(checkpoint, lambda name: True) as here:
+        model: PreTrainedModel = model_class.from_pretrained(here, dtype=dtype, trust_remote_code=False)
     if is_off_contract(model) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise RecipeError(
             f"distillation.deepspeed.zero_stage: 3 cannot spread '{model.config.model_type}' before it is compressed;"

@@ -18,6 +18,7 @@ from jobs.cli import app
 from jobs.run import run
 from moe_compress.errors import CheckpointError, RecipeError
 from moe_compress.recipe import load_recipe
+from moe_compress.stages.prepare_training import check_training
 from moe_compress.storage import files_in, unfinished_uploads
 from tests.cluster_cases import finish, hashes, start, write_recipe
 
@@ -220,6 +221,12 @@ def test_refused_before_work(store: Store, recipe: Path, model: Path, monkeypatc
     store.before = lambda method, key, query: 403
     with pytest.raises(CheckpointError, match="check the name of the bucket and the credentials"):
         run(load_recipe(recipe), QUIET)
+
+
+def test_a_training_keeps_its_snapshots_on_a_disk(store: Store, recipe: Path) -> None:
+    changes = ["distillation.text=text.txt", f"distillation.output={store.address('run/trained')}"]
+    with pytest.raises(RecipeError, match=r"job_dir: s3://bucket/run/out\.job is in an object store"):
+        check_training(load_recipe(recipe, changes).training(), None)
 
 
 @pytest.mark.slow
