@@ -30,6 +30,7 @@ from moe_compress.recipe import read_recipe
 from moe_compress.report.batch import JOBS, batch_view
 from moe_compress.stages.prepare import check, check_output
 from moe_compress.stages.summary import SUMMARY_NAME
+from moe_compress.storage import address, as_path
 
 _ROOT = Path(__file__).parents[1]
 _POLL_S = 0.1
@@ -89,7 +90,7 @@ def _refusals(entries: list[Entry]) -> list[str]:
     for entry in entries:
         try:
             check_output(entry.recipe)
-            if Path(entry.recipe.model).exists():
+            if as_path(entry.recipe.model).exists():
                 check(entry.recipe)
         except RecipeError as error:
             found.append(f"job {entry.name}: {error}")
@@ -191,7 +192,7 @@ def _row(entry: Entry, status: str, **known: Any) -> dict[str, Any]:
     """A row of the summary; what is not known yet is null."""
     unknown = dict.fromkeys(("bytes", "perplexity", "seconds", "exit_code", "reason"))
     recipe = entry.recipe
-    places = {"model": recipe.model, "output": str(recipe.output_path), "job_dir": str(recipe.job_path)}
+    places = {"model": recipe.model, "output": address(recipe.output_path), "job_dir": address(recipe.job_path)}
     ratio = recipe.method.ratio
     return (
         {"name": entry.name, "method": recipe.method.name, "ratio": ratio, "status": status, **unknown} | known | places

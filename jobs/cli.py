@@ -223,7 +223,9 @@ def report(job_dir: Annotated[Path, typer.Argument(help="A job folder.")]) -> No
     from moe_compress.report.layers import show_layers
     from moe_compress.report.tables import show_job, show_training
     from moe_compress.stages.summary import SUMMARY_NAME, TRAINING_NAME
+    from moe_compress.storage import as_path
 
+    job_dir = as_path(job_dir)
     has_trained = (job_dir / TRAINING_NAME).is_file()
     if not has_trained or (job_dir / SUMMARY_NAME).is_file():
         show_job(job_dir, Console())
@@ -239,9 +241,11 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Go on as long as it runs.")] = False,
 ) -> None:
     """Says how a job goes or went, whether it runs, is done, failed or was killed."""
+    from moe_compress.storage import as_path
+
     from .status import show
 
-    show(folder, Console(), as_json, watch)
+    show(as_path(folder), Console(), as_json, watch)
 
 
 def main(*command: str) -> None:

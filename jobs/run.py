@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,6 +30,7 @@ from moe_compress.stages.prepare import check, check_output, prepare
 from moe_compress.stages.tasks import beside, check_tasks, score_tasks
 from moe_compress.stages.tokens import check_vocabulary, evaluation_tokens
 from moe_compress.stages.units import write_table
+from moe_compress.storage import StoredPath, remove_folder
 
 
 @contextmanager
@@ -87,6 +87,8 @@ def stage_metrics(recipe: JobRecipe, flops: dict[str, float]) -> Watch:
 
 def missing_folders(folder: Path) -> list[Path]:
     """A folder and those above it that are not there, innermost first."""
+    if isinstance(folder, StoredPath):
+        return [] if folder.exists() else [folder]
     return list(takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
 
 
@@ -97,7 +99,7 @@ def without_trace(created: list[Path]) -> Iterator[None]:
         yield
     except (RecipeError, CheckpointError):
         for folder in created[:1]:
-            shutil.rmtree(folder)
+            remove_folder(folder)
         for folder in created[1:]:
             with suppress(OSError):  # another job has put something there
                 folder.rmdir()

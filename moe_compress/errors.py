@@ -48,3 +48,10 @@ def reason_in(log: str) -> str | None:
     """The last error line of what a job said."""
     lines = [line for line in log.splitlines() if line.startswith(ERROR)]
     return lines[-1].removeprefix(ERROR) if lines else None
+
+
+class StorageError(MoECompressError, OSError):
+    """An object store refuses, or fails for longer than it is waited for. Made of an errno and the line."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)

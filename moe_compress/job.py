@@ -23,9 +23,13 @@ from .checkpoint.writer import append_event, atomic_write
 from .errors import MoECompressError, RecipeError
 from .recipe import JobRecipe
 from .retry import patiently
+from .storage import StoredLock, StoredPath, abort_unfinished, node_cache, upload
 
 FORMAT = 2
 """Part of every digest: raised when a change of the code changes what an artifact means."""
+
+
+EVENTS_NAME = "events.jsonl"
 
 
 def digest_of(*parts: Any) -> str:
@@ -42,20 +46,32 @@ class Job:
 
     Attributes:
         folder: the job folder.
+        events: the file that events are appended to, on this node.
     """
 
     def __init__(self, recipe: JobRecipe) -> None:
         self.recipe = recipe
         self.folder = recipe.job_path
+        self.events = self.folder / EVENTS_NAME
+        self._lock: StoredLock | None = None
 
     @contextmanager
     def locked(self) -> Iterator[Job]:
         """Holds the folder's lock. The kernel gives it back when the process dies, however it dies.
 
+        What a lock in an object store promises stands in storage/lock.py. There the events are written on this node
+        and follow to the store when a stage ends.
+
         Raises:
             MoECompressError: another job works on the folder.
             RecipeError: it cannot be written.
         """
+        with self._locked_store() if isinstance(self.folder, StoredPath) else self._locked_disk():
+            atomic_write(self.folder / self.recipe.file_name, self.recipe.to_yaml())
+            yield self
+
+    @contextmanager
+    def _locked_disk(self) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / "lock", "a+")  # noqa: SIM115
@@ -76,8 +92,28 @@ class Job:
             lock.truncate()
             lock.write(f"{os.getpid()}\n")
             lock.flush()
-            atomic_write(self.folder / self.recipe.file_name, self.recipe.to_yaml())
-            yield self
+            yield
+
+    @contextmanager
+    def _locked_store(self) -> Iterator[None]:
+        assert isinstance(self.folder, StoredPath)
+        self._lock, stored = StoredLock(self.folder / "lock"), self.folder / EVENTS_NAME
+        with self._lock.held(), node_cache().new_folder() as here:
+            for folder in (self.folder, self.recipe.output_path):
+                if isinstance(folder, StoredPath):
+                    abort_unfinished(folder)
+            self.events = here / EVENTS_NAME
+            if stored.exists():
+                self.events.write_bytes(stored.read_bytes())
+            try:
+                yield
+            finally:
+                self._upload_events()
+                self.events = stored
+
+    def _upload_events(self) -> None:
+        if isinstance(self.folder, StoredPath) and self.events.exists():
+            upload(self.events, self.folder / EVENTS_NAME)
 
     def place(self, kind: str, *made_from: Any) -> Path:
         """The folder of one kind of artifact made from these things; it is created."""
@@ -91,18 +127,30 @@ class Job:
         Each run has its own: workers that outlive their killed driver must not meet those of the next run.
         """
         root = self.folder / "scratch"
-        shutil.rmtree(root, ignore_errors=True)
+        if not isinstance(root, StoredPath):  # else each node has its own, see node_scratch
+            shutil.rmtree(root, ignore_errors=True)
         return root / secrets.token_hex(8)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Appends one line to events.jsonl."""
-        patiently(lambda: append_event(self.folder / "events.jsonl", name, **fields))
+        """Appends one line to the events.
+
+        Raises:
+            MoECompressError: another job has taken the folder over, as can happen in an object store.
+        """
+        if self._lock is not None:
+            self._lock.check()
+        patiently(lambda: append_event(self.events, name, **fields))
+        if name in ("stage_end", "progress"):
+            self._upload_events()
 
 
 def in_use(folder: Path) -> bool:
     """Whether a process holds the lock of a job folder."""
+    mark = folder / "lock"
+    if isinstance(mark, StoredPath):
+        return StoredLock(mark).is_held
     try:
-        with open(folder / "lock") as lock:
+        with open(mark) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -39,14 +39,15 @@ from .model.merged import MAP_NAME
 from .model.plugin import METHOD, TRIM_NAME
 from .model.skeleton import Skeleton
 from .model.switch import stock_tensors
+from .storage import as_path
 
 
-def materialize_checkpoint(checkpoint: str | Path, output: Path, level: str | None = None) -> None:
+def materialize_checkpoint(checkpoint: str | Path, output: str | Path, level: str | None = None) -> None:
     """Writes the dense form of a compressed checkpoint, in its own dtype, and publishes it at once.
 
     Args:
         checkpoint: a folder or hub id.
-        output: the new folder.
+        output: the new folder, of a disk or an object store.
         level: which of its levels, if it has several; None for the largest.
 
     Raises:
@@ -69,6 +70,7 @@ def materialize_checkpoint(checkpoint: str | Path, output: Path, level: str | No
             " checkpoint can say; compress with method.router: shrink, or keep"
         )
     skeleton = Skeleton(reader, level=level)
+    output = as_path(output)
     try:
         if output.exists():
             raise FileExistsError(None, "exists")

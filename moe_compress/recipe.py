@@ -21,6 +21,7 @@ from .distillation_options import Distillation
 from .errors import RecipeError
 from .method_options import METHODS, Method, Part
 from .recipe_fields import DatasetText, Folder, ModelName, TaskSource, Text, TextPairs, as_task
+from .storage import address, as_path
 
 SomePart = TypeVar("SomePart", bound=Part)
 
@@ -147,13 +148,13 @@ class JobRecipe(Part):
     @property
     def output_path(self) -> Path:
         """Folder the job's checkpoint appears at."""
-        return Path(self.output).absolute()
+        return as_path(self.output).absolute()
 
     @property
     def job_path(self) -> Path:
         """The workspace; `<output>.job` unless given."""
         if self.job_dir is not None:
-            return Path(self.job_dir).absolute()
+            return as_path(self.job_dir).absolute()
         return self.output_path.with_name(self.output_path.name + ".job")
 
     def to_yaml(self) -> str:
@@ -204,8 +205,8 @@ class Recipe(JobRecipe):
         return Training(
             model=self.output,
             teacher=None if settings.teacher == "none" else self.model,
-            output=settings.output or f"{self.output}-distilled",
-            job_dir=str(self.job_path),
+            output=settings.output or address(self.output_path.with_name(f"{self.output_path.name}-distilled")),
+            job_dir=address(self.job_path),
             distillation=settings,
             evaluation=self.evaluation,
             cluster=self.cluster,

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from .method_options import Part
+from .storage import as_path, is_stored
+
+_PARTS_OF_A_KEY = 4
 
 
 class DatasetText(Part):
@@ -36,17 +39,18 @@ def _named(path: Any) -> Any:
     return _at_home(path)
 
 
-def _on_disk(path: Any) -> Any:
-    if isinstance(path, str) and "://" in path:
-        raise ValueError("object stores are not written to; give a folder of a disk or a mount")
-    return _named(path)
+def _in_a_bucket(path: Any) -> Any:
+    found = _named(path)
+    if isinstance(found, str) and is_stored(found) and len(as_path(found).parts) < _PARTS_OF_A_KEY:
+        raise ValueError("names a bucket; give a folder in it, such as s3://bucket/folder")
+    return found
 
 
 ModelName = Annotated[str, BeforeValidator(_named)]
-"""A folder, or a hub id."""
+"""A folder of a disk or an object store, or a hub id."""
 
-Folder = Annotated[str, BeforeValidator(_on_disk)]
-"""A folder to write."""
+Folder = Annotated[str, BeforeValidator(_in_a_bucket)]
+"""A folder to write, of a disk or an object store."""
 
 Text = Annotated[list[str] | DatasetText, Field(union_mode="left_to_right"), BeforeValidator(_as_text)]
 """Files, or a dataset; one file may stand without a list."""

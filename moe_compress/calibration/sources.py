@@ -7,7 +7,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +15,7 @@ from typing import TypeVar
 import pyarrow.parquet
 
 from ..errors import RecipeError
+from ..storage import as_path
 
 Item = TypeVar("Item")
 
@@ -25,11 +26,11 @@ _POOL_ITEMS = 1 << 20
 
 
 def checked_files(sources: Sequence[str | Path], suffixes: Iterable[str]) -> list[Path]:
-    """The paths of local files.
+    """The paths of files.
 
     Raises RecipeError for a missing file and one that ends in none of the suffixes.
     """
-    paths = [Path(source) for source in sources]
+    paths = [as_path(source) for source in sources]
     for path in paths:
         if not path.is_file():
             raise RecipeError(f"{path.absolute()}: no such text file; check the path")
@@ -54,7 +55,7 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
 
     Raises RecipeError for a line that is not JSON.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -79,7 +80,7 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
     if path.suffix != ".parquet":
         yield from json_records(path)
         return
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         for batch in file.iter_batches():
             yield from ((str(path), row) for row in batch.to_pylist())
 

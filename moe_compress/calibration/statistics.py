@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from ..checkpoint.shard import open_tensors
 from ..checkpoint.writer import write_shard
 from ..errors import CalibrationError
 from ..linalg.packed import packed_size, strips, unpack
@@ -271,7 +271,7 @@ class LayerStatistics:
     @classmethod
     def load(cls, layer: MoELayer, path: Path, names: Sequence[str] = ()) -> LayerStatistics:
         """Reads what `save` wrote, or of it only the sums of these names."""
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             stored = set(file.keys())
             tensors = {name: file.get_tensor(name) for name in sorted(stored & set(names or stored))}
         return cls.of(layer, tensors, {"up_input_gram", "down_input_gram"} <= stored)

@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
+from ..checkpoint.shard import load_tensors
 from ..checkpoint.writer import write_shard
 from ..errors import RecipeError
 from .sources import checked_files, dataset_rows, json_records, reading
@@ -102,7 +102,7 @@ class TokenBatch:
     @classmethod
     def load(cls, path: Path) -> TokenBatch:
         """Reads what `save` wrote."""
-        return cls(**load_file(path))
+        return cls(**load_tensors(path))
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,7 +327,7 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 
 def _parquet_column(path: Path) -> Iterator[str]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         types = {field.name: field.type for field in file.schema_arrow}
         if types.get("text") not in (pyarrow.string(), pyarrow.large_string()):
             raise RecipeError(f"{path}: columns {', '.join(types)}; a column text must hold strings")

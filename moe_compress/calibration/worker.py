@@ -40,6 +40,7 @@ from ..model.streamer import (
 )
 from ..process import give_back
 from ..retry import patiently
+from ..storage import node_scratch
 from .activations import ActivationStore
 from .ranges import cut_to_fit
 from .schedule import Step
@@ -147,7 +148,7 @@ class LayerWorker:
         self.forward_skeleton = skeleton if setup.below is None else self._open(setup.below)
         self.moe = {layer.path: layer for layer in skeleton.moe_layers()}
         self.chunks = self._cut(self.streamer.names)
-        self.store = ActivationStore(setup.scratch / secrets.token_hex(8), setup.activation_bytes)
+        self.store = ActivationStore(node_scratch(setup.scratch) / secrets.token_hex(8), setup.activation_bytes)
         self.statistics: dict[tuple[str, int], LayerStatistics] = {}
         self._next: Counter[tuple[int, int]] = Counter()
         self._loaded: tuple[Skeleton, int] | None = None

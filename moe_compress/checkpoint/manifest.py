@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import CheckpointError
+from ..storage import files_in
 from .shard import sha256_files
 from .writer import ShardInfo, atomic_write
 
@@ -117,9 +118,7 @@ class Manifest(_Record):
 def file_records(folder: Path, shards: Iterable[ShardInfo] = ()) -> dict[str, FileRecord]:
     """Records every file in a folder but the manifest; `shards` are known and not read again."""
     records = {shard.file_name: FileRecord(bytes=shard.file_bytes, sha256=shard.sha256) for shard in shards}
-    others = [
-        path for path in folder.iterdir() if path.is_file() and path.name not in records and path.name != MANIFEST_NAME
-    ]
+    others = [folder / name for name in files_in(folder) - records.keys() - {MANIFEST_NAME}]
     for path, sha256 in sha256_files(others).items():
         records[path.name] = FileRecord(bytes=path.stat().st_size, sha256=sha256)
     return dict(sorted(records.items()))

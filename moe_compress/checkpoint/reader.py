@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StorageError
+from ..storage import StoredPath, as_path, files_in, prefetch
 from .shard import TensorEntry, read_shard
 from .writer import INDEX_NAME, all_finite, atomic_write
 
@@ -29,6 +30,7 @@ SINGLE_SHARD_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_LAYOUT = [CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME]
+_HEADERS_AT_ONCE = 16
 _HUB_FILES = [
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
     *("LICEN[CS]E*", "NOTICE*"),
@@ -52,23 +54,25 @@ class CheckpointReader:
     """
 
     def __init__(self, path: str | Path, *, allow_missing_shards: bool = False) -> None:
-        self.folder = Path(path)
+        self.folder = as_path(path)
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"checkpoint {self.folder}: no such folder; give the folder that holds "
                 f"{CONFIG_NAME} and the *.safetensors files"
             )
         self.config = _read_object(self.folder / CONFIG_NAME)
-        if (self.folder / SINGLE_SHARD_NAME).is_file():  # goes first, as in from_pretrained
+        present = files_in(self.folder)
+        if SINGLE_SHARD_NAME in present:  # goes first, as in from_pretrained
             self.entries = dict(sorted(read_shard(self.folder / SINGLE_SHARD_NAME).items()))
             self.weight_map = dict.fromkeys(self.entries, SINGLE_SHARD_NAME)
             self.files = [self.folder / SINGLE_SHARD_NAME]
             self.total_bytes = _sum_bytes(self.entries)
+            self._check_seal()
             return
         index = self._read_index()
         self.weight_map = dict(sorted(index["weight_map"].items()))
         shards = [self.folder / name for name in sorted(set(self.weight_map.values()))]
-        self.files = [shard for shard in shards if shard.is_file()]
+        self.files = [shard for shard in shards if shard.name in present]
         missing = [shard.name for shard in shards if shard not in self.files]
         if missing and not allow_missing_shards:
             raise CheckpointError(
@@ -77,20 +81,26 @@ class CheckpointReader:
             )
         self.entries = self._merge_shards()
         self.total_bytes = _declared_bytes(index) if missing else _sum_bytes(self.entries)
+        self._check_seal()
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Asks the kernel to read these tensors ahead into its page cache, and does not wait.
 
-        A hint: where the platform has no posix_fadvise, nothing happens.
+        What lies in an object store begins to come into the node's cache. A hint: where the platform has no
+        posix_fadvise, nothing happens.
         """
-        if not hasattr(os, "posix_fadvise"):
-            return
         by_file: dict[Path, list[TensorEntry]] = defaultdict(list)
         for name in names:
             by_file[self.entries[name].file].append(self.entries[name])
         for path, entries in by_file.items():
+            spans = _merged((e.offset, e.offset + e.num_bytes) for e in entries)
+            if isinstance(path, StoredPath):
+                prefetch(path, spans)
+                continue
+            if not hasattr(os, "posix_fadvise"):
+                return
             with path.open("rb", buffering=0) as file:
-                for begin, end in _merged((e.offset, e.offset + e.num_bytes) for e in entries):
+                for begin, end in spans:
                     os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _read_index(self) -> dict[str, Any]:
@@ -120,10 +130,18 @@ class CheckpointReader:
                 )
         return index
 
+    def _check_seal(self) -> None:
+        """What a job began with must be there as it was, in each of its processes."""
+        if isinstance(self.folder, StoredPath):
+            try:
+                self.folder.check_seal()
+            except StorageError as error:
+                raise CheckpointError(f"checkpoint {error}") from error
+
     def _merge_shards(self) -> dict[str, TensorEntry]:
         entries: dict[str, TensorEntry] = {}
-        for shard in self.files:
-            for name, entry in read_shard(shard).items():
+        for shard, found in zip(self.files, _read_shards(self.files), strict=True):
+            for name, entry in found.items():
                 if name in entries:
                     raise CheckpointError(
                         f"tensor {name}: is in both {entries[name].file.name} and {shard.name} of "
@@ -143,6 +161,14 @@ class CheckpointReader:
                     "lacks it; download or save both again"
                 )
         return dict(sorted(entries.items()))
+
+
+def _read_shards(files: list[Path]) -> Iterable[dict[str, TensorEntry]]:
+    """The headers of shards; a store is asked for several at a time."""
+    if not any(isinstance(file, StoredPath) for file in files):
+        return map(read_shard, files)
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        return list(pool.map(read_shard, files))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -185,14 +211,17 @@ def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def resolve_checkpoint(model: str | Path, *, layout_only: bool = False) -> Path:
-    """Finds the folder of a checkpoint: a local folder, or a hub id (`owner/name`).
+    """Finds the folder of a checkpoint: a local folder, one of an object store, or a hub id (`owner/name`).
 
+    A folder of a store is sealed: whoever opens it later finds it as it is now, or an error.
     A hub id is served from the local Hugging Face cache if it is complete there, else downloaded.
     With `layout_only` just config.json and the index are fetched, enough to open the folder with
     `CheckpointReader(..., allow_missing_shards=True)`.
     Raises CheckpointError if there is no such folder and the hub does not give it.
     """
-    folder = Path(model).expanduser()
+    folder = as_path(model)
+    if isinstance(folder, StoredPath):
+        return _sealed(folder)
     if folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(str(model)):
@@ -215,6 +244,15 @@ def resolve_checkpoint(model: str | Path, *, layout_only: bool = False) -> Path:
         f"model {str(model)!r}: neither a local folder nor available from the hub ({reason}); "
         "correct the name or download it first"
     )
+
+
+def _sealed(folder: StoredPath) -> Path:
+    try:
+        if folder.is_dir():
+            return folder.sealed()
+    except StorageError as error:
+        raise CheckpointError(f"model {error}") from error
+    raise CheckpointError(f"model {folder}: no such folder in the store; correct the address")
 
 
 def content_digest(reader: CheckpointReader, cache: Path | None = None) -> str:
@@ -248,7 +286,7 @@ def content_digest(reader: CheckpointReader, cache: Path | None = None) -> str:
 def _sha256_of_finite(reader: CheckpointReader, path: Path) -> str:
     """sha256 of a shard whose tensors are all finite."""
     entries = sorted((entry for entry in reader.entries.values() if entry.file == path), key=lambda e: e.offset)
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         digest = hashlib.sha256(file.read(entries[0].offset if entries else -1))
     for entry in entries:
         dtype = entry.torch_dtype

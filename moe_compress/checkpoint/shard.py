@@ -12,19 +12,26 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ..errors import CheckpointError
+from ..storage import StoredPath, local, open_ranges, prefetch, read_range
 
 BLOCK_BYTES = 8 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+_AHEAD_BYTES = 8 * BLOCK_BYTES
+"""How far before its reader a store is asked."""
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -102,12 +109,12 @@ class TensorEntry:
     def _fill(self, buffer: memoryview) -> Iterator[memoryview]:
         """Fills `buffer` over and over until the whole tensor has passed through it."""
         try:
-            with self.file.open("rb", buffering=0) as file:
-                position, end = self.offset, self.offset + self.num_bytes
+            position, end = self.offset, self.offset + self.num_bytes
+            with _ranges(self.file, end) as read_at:
                 while position < end:
                     block = rest = buffer[: end - position]
                     while rest:  # one call moves at most 2 GiB, and a network mount may give less
-                        num_read = os.preadv(file.fileno(), [rest], position)
+                        num_read = read_at(rest, position)
                         if num_read == 0:
                             raise CheckpointError(
                                 f"tensor {self.name}: {self.file} ends {end - position} bytes too "
@@ -123,14 +130,45 @@ class TensorEntry:
             ) from error
 
 
+@contextmanager
+def _ranges(file: Path, end: int) -> Iterator[Callable[[memoryview, int], int]]:
+    """(buffer, position) -> how many of its bytes were filled; nothing beyond `end` will be asked for."""
+    if isinstance(file, StoredPath):
+
+        def read_stored(buffer: memoryview, position: int) -> int:
+            prefetch(file, [(position, min(position + max(len(buffer), _AHEAD_BYTES), end))])
+            return read_range(file, buffer, position)
+
+        yield read_stored
+        return
+    with file.open("rb", buffering=0) as opened:
+        yield lambda buffer, position: os.preadv(opened.fileno(), [buffer], position)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A small safetensors file of ours as `safe_open` gives it, wherever it lies."""
+    with local(path) as here, safe_open(here, "pt") as file:
+        yield file
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a small safetensors file of ours, wherever it lies."""
+    with local(path) as here:
+        return load_file(here)
+
+
 def read_shard(path: Path) -> dict[str, TensorEntry]:
     """Reads and checks one shard's header; returns its tensors by name, in file order.
 
     Raises CheckpointError if the file is not exactly one valid safetensors file.
     """
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+        if isinstance(path, StoredPath):
+            open_ranges(path)  # what is read of it later must be this very object
+        with path.open("rb", buffering=0) as file:
+            file_bytes = file.seek(0, os.SEEK_END)
+            file.seek(0)
             header_bytes = int.from_bytes(file.read(8), "little")
             data_start = 8 + header_bytes
             if data_start > file_bytes or header_bytes > MAX_HEADER_BYTES:

@@ -13,9 +13,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,12 +26,18 @@ import torch
 
 from ..errors import CompressionError
 from ..retry import patiently
+from ..storage import StoredPath, copy, files_in, local, node_staging, upload, writing
 from .shard import BLOCK_BYTES, TORCH_DTYPES, TensorEntry, read_shard, sha256_files
 
 INDEX_NAME = "model.safetensors.index.json"
 PARTIAL_SUFFIX = ".partial"
+UNFINISHED_NAME = ".unfinished"
+"""Object that marks an output of a store as ours until its manifest is there."""
 PYTORCH_METADATA = {"format": "pt"}  # transformers refuses a shard that does not say so
 
+_LOADABLE = (INDEX_NAME, "config.json", "moe_compress.json")
+"""What makes a folder of shards a checkpoint, in the order it appears in an object store."""
+_UPLOADS_AT_ONCE = 4
 _DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 _SIDE_FILES = (
     "generation_config.json",
@@ -127,11 +134,28 @@ def write_shard(
 
 
 def describe_shard(path: Path) -> ShardInfo:
-    """The ShardInfo of a shard that is already there, linked or left by an earlier run."""
+    """The ShardInfo of a shard that is already there, linked or left by an earlier run.
+
+    Of one in an object store, its record is read if it has one.
+    """
+    record = record_path(path)
+    if isinstance(path, StoredPath) and record.exists():
+        return ShardInfo(**json.loads(record.read_bytes()) | {"file_name": path.name})
     entries = read_shard(path)
     tensor_bytes = sum(entry.num_bytes for entry in entries.values())
     sha256 = sha256_files([path])[path]
     return ShardInfo(path.name, path.stat().st_size, tensor_bytes, sha256, tuple(entries))
+
+
+def record_path(shard: Path) -> Path:
+    """Where what is known of a shard of a store is kept: reading it again would cost as much as writing it."""
+    return shard.with_suffix(".json")
+
+
+def record_shard(path: Path, info: ShardInfo) -> None:
+    """Leaves a record of a shard in an object store beside it."""
+    if isinstance(path, StoredPath):
+        atomic_write(record_path(path), json.dumps(asdict(info)) + "\n")
 
 
 def save_index(folder: Path, shards: Iterable[ShardInfo]) -> None:
@@ -147,20 +171,30 @@ def save_index(folder: Path, shards: Iterable[ShardInfo]) -> None:
 
 
 def fresh_staging(output: Path) -> Path:
-    """Makes the empty staging folder of `output`, beside it; what a killed run left is removed."""
-    staging = output.parent / f".{output.name}{PARTIAL_SUFFIX}"
+    """Makes the empty staging folder of `output`, beside it; what a killed run left is removed.
+
+    That of an output in an object store lies in the node's cache.
+    """
+    here = output.parent / f".{output.name}{PARTIAL_SUFFIX}"
+    staging = node_staging(output) if isinstance(output, StoredPath) else here
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     return staging
 
 
-def publish(staging: Path, output: Path) -> None:
+def publish(staging: Path, output: Path, elsewhere: Sequence[Path] = ()) -> None:
     """Makes the staged checkpoint appear as `output` with one rename.
+
+    An object store renames nothing: there the shards come first, those of the folder and those that lie `elsewhere`,
+    then all else, at last what makes a folder loadable (index, config.json), and the manifest after everything.
 
     Raises CompressionError if `output` is anything but absent or an empty folder; the staging
     folder is then still there.
     """
+    if isinstance(output, StoredPath):
+        _publish_stored(staging, output, elsewhere)
+        return
     for leftover in staging.glob(f".*{PARTIAL_SUFFIX}"):  # of a worker killed while writing
         leftover.unlink()
     _fsync_folder(staging)
@@ -174,11 +208,32 @@ def publish(staging: Path, output: Path) -> None:
     _fsync_folder(output.parent)
 
 
+def _publish_stored(staging: Path, output: StoredPath, elsewhere: Sequence[Path]) -> None:
+    mark = output / UNFINISHED_NAME
+    atomic_write(mark, "")
+    left = sorted(files_in(output) - {UNFINISHED_NAME}, key=lambda name: name not in _LOADABLE)
+    for name in left:  # of a run that was killed here
+        (output / name).unlink(missing_ok=True)
+    staged = {path.name: path for path in staging.iterdir()}
+    last = [name for name in _LOADABLE if name in staged]
+    shards = [*elsewhere, *(path for name, path in staged.items() if name.endswith(".safetensors"))]
+    with ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
+        list(pool.map(lambda shard: copy(shard, output / shard.name), shards))
+    for name in [*sorted(staged.keys() - {shard.name for shard in shards} - {*last}), *last]:
+        upload(staged[name], output / name)
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(staging)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Makes `target` the same bytes as `source`, replacing it: a hard link where the disk allows.
 
-    Raises CompressionError if it cannot be copied either.
+    What lies in an object store is copied. Raises CompressionError if it cannot be copied either.
     """
+    if isinstance(source, StoredPath):
+        with local(source) as here, here.open("rb") as reading, _replacing(target, here.stat().st_size) as writing:
+            shutil.copyfileobj(reading, writing, BLOCK_BYTES)
+        return
     real = source.resolve()  # a link to a symlink would point nowhere once published
     try:
         target.unlink(missing_ok=True)
@@ -195,11 +250,10 @@ def copy_side_files(source_folder: Path, staging: Path) -> list[str]:
     config.json or the README.
     """
     names = sorted(
-        file.name
-        for file in source_folder.iterdir()
-        if any(fnmatchcase(file.name, pattern) for pattern in _SIDE_FILES)
-        and not any(fnmatchcase(file.name, pattern) for pattern in _NEVER_COPIED)
-        and file.is_file()
+        name
+        for name in files_in(source_folder)
+        if any(fnmatchcase(name, pattern) for pattern in _SIDE_FILES)
+        and not any(fnmatchcase(name, pattern) for pattern in _NEVER_COPIED)
     )
     for name in names:
         atomic_write(staging / name, (source_folder / name).read_bytes())
@@ -247,6 +301,13 @@ def all_finite(block: torch.Tensor) -> bool:
 @contextmanager
 def _replacing(path: Path, num_bytes: int) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends well, and else leaves no trace."""
+    if isinstance(path, StoredPath):
+        try:
+            with writing(path, num_bytes) as file:
+                yield file
+        except OSError as error:
+            raise CompressionError(str(error.strerror or error)) from error
+        return
     # A name of its own: a retried worker may write beside one that is thought dead.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}")
     try:

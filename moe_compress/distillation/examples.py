@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..calibration.text import IGNORED, TokenBatch
+from ..checkpoint.shard import load_tensors
 from ..checkpoint.writer import write_shard
 
 
@@ -54,4 +54,4 @@ class Examples:
     @classmethod
     def load(cls, path: Path) -> Examples:
         """Reads what `save` wrote."""
-        return cls(**load_file(path))
+        return cls(**load_tensors(path))

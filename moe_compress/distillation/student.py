@@ -15,14 +15,15 @@ from ..model.architecture import load_config, model_class_of
 from ..model.quiet import quiet
 from ..model.streamer import model_inputs
 from ..model.switch import put_on_contract
+from ..storage import local_folder
 from .parameters import whole_shape
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A checkpoint, compressed or not, whole. Under ZeRO 3 (`partitioned`) each process keeps its part alone."""
     model_class = model_class_of(load_config(CheckpointReader(checkpoint)))
-    with quiet():
-        model: PreTrainedModel = model_class.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
+    with quiet(), local_folder(checkpoint, lambda name: True) as here:
+        model: PreTrainedModel = model_class.from_pretrained(here, dtype=dtype, trust_remote_code=False)
     put_on_contract(model)
     _hide_empty(model)
     return model

@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from ..calibration.text import TokenBatch
 from ..calibration.worker import pick_device
 from ..checkpoint.reader import CheckpointReader
+from ..model.architecture import tokenizer_of
 from ..model.grouped import use_tiled_products
 from ..model.skeleton import Skeleton
 from ..model.streamer import LayerStreamer, model_inputs
+from ..storage import local_folder
 
 _CONFIG_NAME = "generation_config.json"
 
@@ -33,7 +35,7 @@ def score_generated(
 ) -> list[tuple[float, float]]:
     """(exact match, token F1) of the first `count` pairs of a tokenised text, or of all, at a level."""
     skeleton = _speaker(checkpoint, dtype, device, level)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     found = TokenBatch.load(tokens)
     assert found.labels is not None
     first = TokenBatch(found.input_ids[:count], found.attention_mask[:count], found.labels[:count])
@@ -56,7 +58,8 @@ def _speaker(checkpoint: Path, dtype: str, device: str, level: str | None) -> Sk
     chosen = None if dtype == "auto" else getattr(torch, dtype)
     skeleton = Skeleton(CheckpointReader(checkpoint), chosen, pick_device(device), level)
     if (checkpoint / _CONFIG_NAME).exists():
-        skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+        with local_folder(checkpoint) as here:
+            skeleton.model.generation_config = GenerationConfig.from_pretrained(here)
     return skeleton
 
 
@@ -77,7 +80,7 @@ def generate_answers(
         skeleton.load(name)
     model: Any = skeleton.model
     use_tiled_products(model)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     is_decoder = not model.config.is_encoder_decoder
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.reader import CheckpointReader
 from ..errors import CheckpointError
+from ..storage import local_folder
 from .plugin import METHOD
 
 
@@ -28,10 +29,18 @@ def load_config(reader: CheckpointReader) -> transformers.PreTrainedConfig:
             " give the bf16, fp16 or fp32 checkpoint"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with local_folder(folder) as here:
+            return AutoConfig.from_pretrained(here, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: config.json is not usable ({reason}); correct it") from error
+
+
+def tokenizer_of(checkpoint: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; raises whatever transformers raises."""
+    with local_folder(checkpoint) as here:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(here, trust_remote_code=False)
+    return tokenizer
 
 
 def model_class_of(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:

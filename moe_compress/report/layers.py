@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from ..stages.compress import MERGES_NAME
 from ..stages.routing import ROUTING_NAME
+from ..stages.units import read_table
 
 
 def show_layers(job_dir: Path, console: Console) -> None:
     """Prints a row a MoE layer, from the tables in a job folder; nothing where there are none yet."""
     if not (job_dir / ROUTING_NAME).is_file():
         return
-    routing = pq.read_table(job_dir / ROUTING_NAME)
-    merges = pq.read_table(job_dir / MERGES_NAME) if (job_dir / MERGES_NAME).is_file() else None
+    routing = read_table(job_dir / ROUTING_NAME)
+    merges = read_table(job_dir / MERGES_NAME) if (job_dir / MERGES_NAME).is_file() else None
     table = Table(title="layers")
     columns = ["experts", "entropy", "most used", "least used", "rare"]
     if merges is not None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..job import in_use
 from ..stages.summary import SUMMARY_NAME
+from ..storage import as_path
 from .batch import JOBS, batch_view
 from .status import StageStatus, Status, read_status
 from .tables import bytes_for_people
@@ -32,8 +33,8 @@ def look(folder: Path) -> tuple[RenderableType, dict[str, Any], bool]:
     views: list[RenderableType] = [batch_view(batch[JOBS])]
     runs = False
     for row in batch[JOBS]:
-        if row["status"] == "running" and in_use(Path(row["job_dir"])):
-            status = read_status(Path(row["job_dir"]))
+        if row["status"] == "running" and in_use(as_path(row["job_dir"])):
+            status = read_status(as_path(row["job_dir"]))
             row["stage"], runs = status.to_dict()["stage"], True
             if status.current is not None:
                 views.append(Text(f"{row['name']}: {_stage_line(status.current)}"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..checkpoint.manifest import MANIFEST_NAME, LevelRecord, Manifest, Source, file_records
-from ..checkpoint.reader import CONFIG_NAME, CheckpointReader
+from ..checkpoint.reader import CONFIG_NAME
+from ..checkpoint.shard import read_shard
 from ..checkpoint.writer import (
     atomic_write,
     copy_side_files,
@@ -24,6 +25,7 @@ from ..model.levels import entries_read
 from ..model.plugin import TRIM_NAME, MoECompressConfig
 from ..model.routing import apply_to_json
 from ..progress import Reporter
+from ..storage import StoredPath, as_path
 from .prepare import Prepared
 from .scheme import Decision
 
@@ -43,9 +45,11 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
     with reporter.stage("assemble", len(targets)) as stage:
         staging = fresh_staging(output)
         shards = []
+        stored = isinstance(output, StoredPath)  # then they go from the job folder straight to the output
         for target in targets:
-            link_or_copy(target, staging / target.name)
-            shards.append(describe_shard(staging / target.name))
+            if not stored:
+                link_or_copy(target, staging / target.name)
+            shards.append(describe_shard(target if stored else staging / target.name))
             stage.advance()
         copy_side_files(reader.folder, staging)
         atomic_write(staging / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
@@ -57,7 +61,7 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
             layers=decision.provenance,
             parameters=_count_parameters(prepared, decision),
             files=file_records(staging, shards),
-            levels=_levels(staging, decision.levels),
+            levels=_levels(targets, decision.levels),
         )
         manifest.save(staging)
         if (output / MANIFEST_NAME).exists():
@@ -67,7 +71,7 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
                 )
             shutil.rmtree(staging)  # this very checkpoint is there already
             return
-        publish(staging, output)
+        publish(staging, output, targets if stored else ())
 
 
 def _count_parameters(prepared: Prepared, decision: Decision) -> dict[str, int]:
@@ -82,9 +86,9 @@ def _count_parameters(prepared: Prepared, decision: Decision) -> dict[str, int]:
     }
 
 
-def _levels(folder: Path, names: list[str]) -> dict[str, LevelRecord]:
+def _levels(shards: list[Path], names: list[str]) -> dict[str, LevelRecord]:
     """What each level reads of a checkpoint."""
-    entries = CheckpointReader(folder).entries.values()
+    entries = [entry for shard in shards for entry in read_shard(shard).values()] if names else []
     read = {name: entries_read(entries, len(names) - place) for place, name in enumerate(names)}
     return {
         name: LevelRecord(parameters=sum(math.prod(e.shape) for e in own), bytes=sum(e.num_bytes for e in own))
@@ -93,5 +97,5 @@ def _levels(folder: Path, names: list[str]) -> dict[str, LevelRecord]:
 
 
 def _source_name(prepared: Prepared) -> str:
-    path = Path(prepared.recipe.model)
-    return path.resolve().name if path.exists() else prepared.recipe.model
+    path = as_path(prepared.recipe.model)
+    return path.resolve().name if isinstance(path, StoredPath) or path.exists() else prepared.recipe.model

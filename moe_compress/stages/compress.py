@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ..checkpoint.writer import ShardInfo, describe_shard, record_path, record_shard
 from ..executor import Executor
 from ..job import Job
 from ..progress import Reporter
 from .prepare import Prepared
 from .scheme import Decision, Work, run_all
-from .units import copy_tensors, write_table
+from .units import copy_tensors, read_table, write_table
 
 MERGES_NAME = "merges.parquet"
 """What became of each merged expert, where experts were merged."""
+
+
+def make_shard(unit: Callable[..., ShardInfo], *args: Any) -> ShardInfo:
+    """Runs the unit that writes a shard, its last argument, and leaves a record of one in an object store."""
+    info = describe_shard(args[-1]) if record_path(args[-1]).exists() else unit(*args)
+    record_shard(args[-1], info)
+    return info
 
 
 def compress_layers(
@@ -33,10 +42,10 @@ def compress_layers(
             rest[entry.file].append(name)
     works = [Work(copy_tensors, (reader.folder, names)) for names in rest.values()] + decision.shards
     targets = [folder / f"model-{i:05d}-of-{len(works):05d}.safetensors" for i in range(1, len(works) + 1)]
-    shards = [Work(work.unit, (*work.args, target)) for work, target in zip(works, targets, strict=True)]
+    shards = [Work(make_shard, (work.unit, *work.args, target)) for work, target in zip(works, targets, strict=True)]
     run_all("compress", shards, executor, reporter)
     merges = job.folder / MERGES_NAME
     merges.unlink(missing_ok=True)  # another method's, in the same folder
     if decision.diagnostics:
-        write_table(merges, pa.concat_tables(pq.read_table(path) for path in decision.diagnostics))
+        write_table(merges, pa.concat_tables(read_table(path) for path in decision.diagnostics))
     return targets

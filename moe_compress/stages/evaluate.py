@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..calibration.text import TokenBatch
 from ..checkpoint.manifest import Manifest
@@ -25,7 +24,7 @@ from ..progress import Reporter
 from ..recipe import Evaluation
 from .prepare import Prepared
 from .tasks import TaskScores, beside, scored_tasks
-from .units import write_table
+from .units import read_table, write_table
 
 
 def evaluate(job: Job, prepared: Prepared, executor: Executor, reporter: Reporter) -> dict[str, Any] | None:
@@ -92,7 +91,7 @@ def scored(
         how = (tokens, settings.batch_size, settings.dtype, job.recipe.cluster.device, executor, reporter)
         table = run_evaluation(checkpoint, against, *how, settings.generate, level)
         write_table(target, table)
-    return merge_scores(pq.read_table(target))
+    return merge_scores(read_table(target))
 
 
 def run_evaluation(

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from ..budget import DENSE, allocate, parameters
 from ..calibration.statistics import LayerStatistics
 from ..calibration.worker import pick_device, statistics_path
+from ..checkpoint.shard import load_tensors, open_tensors
 from ..checkpoint.writer import ShardInfo, describe_shard, write_shard
 from ..executor import Executor
 from ..method_options import D2MoE, MCSMoE
@@ -138,7 +137,7 @@ def write_sparse(
     for group in GROUPS:
         merged = _MergedGroup(place, path, group, grouping)
         layer, weight_GMN = merged.layer, merged.weight_GMN
-        factors = load_file(place.factors / f"{path}.{group}.safetensors")
+        factors = load_tensors(place.factors / f"{path}.{group}.safetensors")
         layouts = {slot.name: slot for slot in slots_of(spec, layer.up_shape[0], *layer.down_shape)}
         for slot in slots(layer, group, place.factorisation):
             layout = layouts[slot.name]
@@ -229,7 +228,7 @@ class LowRankSparse(MergeExperts):
         budget = floor((1 - (self.options.start or self.options.ratio)) * total)
         scores = []
         for path, group in by_group:
-            with safe_open(place.factors / f"{path}.{group}.safetensors", "pt") as stored:  # the factors stay there
+            with open_tensors(place.factors / f"{path}.{group}.safetensors") as stored:  # the factors stay there
                 for name in by_group[path, group]:
                     scores += list(stored.get_tensor(f"{name}_scores").numpy())
         spent = sum(parameters(entry.item, rank) for entry, rank in zip(items, ranks, strict=True))

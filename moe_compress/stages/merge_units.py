@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..calibration.statistics import SAMPLED, LayerStatistics
 from ..calibration.worker import pick_device, statistics_path
+from ..checkpoint.shard import load_tensors
 from ..checkpoint.writer import ShardInfo, describe_shard, write_shard
 from ..linalg.alignment import apply_permutation, channel_features
 from ..linalg.similarity import cosine, gram_cosine, linear_cka, sum_of_grams
@@ -165,7 +165,7 @@ def read_orders(place: MergePlace, path: str, grouping: Grouping) -> dict[int, T
     if place.options.align == "none":
         return {}
     return {
-        expert: load_file(order_path(place.alignment, path, expert, grouping.leader_of[expert]))["order"]
+        expert: load_tensors(order_path(place.alignment, path, expert, grouping.leader_of[expert]))["order"]
         for expert in grouping.merged
     }
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from safetensors.torch import load_file
 
+from ..checkpoint.shard import load_tensors
 from ..errors import CompressionError
 from ..executor import Executor
 from ..job import Job
@@ -109,7 +109,7 @@ class MergeExperts(KeepFewer):
             return as_array(cosine(self.statistics(layer, "input_sum")["input_sum"]))
         if kind == "random":
             return np.random.default_rng([self.options.seed, index]).random((layer.num_experts,) * 2)
-        return as_array(load_file(similarity_path(self.place.similarity, layer.path))["similarity"])
+        return as_array(load_tensors(similarity_path(self.place.similarity, layer.path))["similarity"])
 
     def _alignments(self, groupings: dict[str, Grouping]) -> list[Work]:
         if self.options.align == "none":

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 
 from ..checkpoint.manifest import MANIFEST_NAME, Manifest
 from ..checkpoint.reader import CheckpointReader, content_digest, resolve_checkpoint
-from ..errors import CheckpointError, RecipeError
+from ..checkpoint.writer import UNFINISHED_NAME
+from ..errors import CheckpointError, RecipeError, StorageError
 from ..job import Job
 from ..method_options import D2MoE
 from ..methods.counts import check_counts
@@ -21,6 +22,7 @@ from ..model.discovery import MoELayer
 from ..model.plugin import METHOD
 from ..model.skeleton import Skeleton
 from ..recipe import Cluster, Evaluation, JobRecipe, Recipe, Training
+from ..storage import StoredPath, address, as_path, check_writable
 from .tasks import check_tasks
 from .tokens import calibration_tokens, check_texts, check_vocabulary, evaluation_tokens, load_tokenizer
 
@@ -137,6 +139,8 @@ def _check_sequential(skeleton: Skeleton, options: D2MoE) -> None:
 def check_output(recipe: JobRecipe) -> None:
     """The output must be a folder that can appear with one rename: free, or a compressed checkpoint.
 
+    In an object store, which renames nothing, what a killed publication left is free as well.
+
     Raises:
         RecipeError: it is taken, or it or the job folder cannot be written.
         CheckpointError: a compressed checkpoint stands there whose manifest cannot be read.
@@ -144,21 +148,27 @@ def check_output(recipe: JobRecipe) -> None:
     output, job_dir = recipe.output_path, recipe.job_path
     models = [recipe.model, *([recipe.teacher] if isinstance(recipe, Training) and recipe.teacher else [])]
     for field, folder in (("output", output), ("job_dir", job_dir)):
-        if any(folder.resolve().is_relative_to(Path(model).expanduser().resolve()) for model in models):
+        if any(folder.resolve().is_relative_to(as_path(model).resolve()) for model in models):
             raise RecipeError(f"{field}: {folder} lies in the model's own folder; choose another folder")
     if job_dir.resolve().is_relative_to(output.resolve()):
         raise RecipeError(f"job_dir: {job_dir} lies in the output, {output}; choose a folder outside of it")
-    _check_writable("output", output.parent)
+    _check_writable("output", output if isinstance(output, StoredPath) else output.parent)
     _check_writable("job_dir", job_dir)
     if output.is_symlink() or output.is_mount():
         kind = "symbolic link" if output.is_symlink() else "mount point"
         raise RecipeError(f"output: {output} is a {kind}, which no rename can replace; give a new folder below it")
-    is_ours = (output / MANIFEST_NAME).exists()
+    is_ours = any((output / name).exists() for name in (MANIFEST_NAME, UNFINISHED_NAME))
     if output.exists() and not is_ours and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"output: {output} exists and is not ours; choose another folder or remove it")
 
 
 def _check_writable(field: str, folder: Path) -> None:
+    if isinstance(folder, StoredPath):
+        try:
+            check_writable(folder)
+        except StorageError as error:
+            raise RecipeError(f"{field}: {error}") from error
+        return
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -236,7 +246,7 @@ def first_pass(job: Job, prepared: Prepared) -> Prepared:
     recipe = prepared.recipe
     method = recipe.method.model_copy(update={"sequential": False})
     output = job.place("checkpoint", prepared.statistics.name, method.model_dump(mode="json"))
-    return replace(prepared, recipe=recipe.model_copy(update={"method": method, "output": str(output)}))
+    return replace(prepared, recipe=recipe.model_copy(update={"method": method, "output": address(output)}))
 
 
 def second_pass(job: Job, prepared: Prepared, below: Path) -> Prepared:

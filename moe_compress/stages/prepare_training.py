@@ -23,6 +23,7 @@ from ..model.skeleton import Skeleton
 from ..model.switch import contract_conversions
 from ..progress import Reporter
 from ..recipe import Recipe, Training
+from ..storage import StoredPath
 from .prepare import check_device, check_kind, check_output
 from .publish_trained import count_parameters
 from .tasks import check_tasks
@@ -112,6 +113,11 @@ def check_training(recipe: Training, maker: Recipe | None) -> None:
         RecipeError, CheckpointError: one line each.
     """
     settings = recipe.distillation
+    if isinstance(recipe.job_path, StoredPath):
+        raise RecipeError(
+            f"job_dir: {recipe.job_path} is in an object store, and the snapshots of a training need a disk that its"
+            " nodes share; give a folder of one"
+        )
     check_output(recipe)
     check_device(recipe.cluster)
     if recipe.cluster.local:

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from .. import __version__
 from ..checkpoint.manifest import MANIFEST_NAME, Manifest, Source, file_records
 from ..checkpoint.reader import CONFIG_NAME, CheckpointReader
-from ..checkpoint.shard import TensorEntry
+from ..checkpoint.shard import TensorEntry, open_tensors
 from ..checkpoint.writer import (
     INDEX_NAME,
     ShardInfo,
@@ -142,7 +141,7 @@ class _TrainedTensors:
     def __init__(self, skeleton: Skeleton, weights: Path, layers: Layers) -> None:
         self._skeleton, self._entries = skeleton, skeleton.reader.entries
         self._weights = weights
-        with safe_open(weights, "pt") as file:
+        with open_tensors(weights) as file:
             self._trained = set(file.keys())
         targets = skeleton.targets
         in_pieces = {name for name, sources in targets.items() if any(map(piece_position, sources))}
@@ -187,7 +186,7 @@ class _TrainedTensors:
     def _value(self, name: str) -> Tensor:
         if name not in self._value_of:
             return self._skeleton.take(name)
-        with safe_open(self._weights, "pt") as file:
+        with open_tensors(self._weights) as file:
             tensor: Tensor = file.get_tensor(self._value_of[name])
         return tensor
 

@@ -9,6 +9,7 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.writer import atomic_write
 from ..job import Job
 from ..progress import Reporter
+from ..storage import as_path
 from .prepare import Prepared
 
 SUMMARY_NAME = "summary.json"
@@ -22,7 +23,7 @@ def summarise(job: Job, prepared: Prepared, scores: dict[str, Any] | None, repor
     itemsize = prepared.skeleton.dtype.itemsize
     summary = {
         "model": manifest.source.name,
-        "output": prepared.recipe.output,
+        "output": str(as_path(prepared.recipe.output)),
         "method": prepared.recipe.method.model_dump(),
         "parameters": manifest.parameters,
         "bytes": {

@@ -20,6 +20,7 @@ from ..errors import CalibrationError
 from ..executor import Alone, Done, Event, Executor, Failed, Joined, Lost
 from ..job import Job
 from ..progress import Reporter
+from ..storage import node_scratch
 
 MAX_DEATHS = 3
 """How many workers may die at the same step before the job gives up."""
@@ -85,7 +86,7 @@ class Sweep:
                     stage.figures |= {"workers_lost": self._num_lost, "steps_again": self._num_again}
         finally:
             pool.close()
-            shutil.rmtree(self.setup.scratch, ignore_errors=True)
+            shutil.rmtree(node_scratch(self.setup.scratch), ignore_errors=True)
         return self._seen
 
     def _schedule(self, model: Description) -> Schedule:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..calibration.pairs import calibration_pairs, dataset_pairs, evaluation_pairs, read_pairs
 from ..calibration.text import (
@@ -27,10 +27,11 @@ from ..distillation_options import Distillation
 from ..errors import CheckpointError, RecipeError
 from ..evaluation.tasks.reading import rows_of
 from ..job import digest_of
-from ..model.architecture import load_config
+from ..model.architecture import load_config, tokenizer_of
 from ..progress import Reporter
 from ..recipe import Calibration, Evaluation
 from ..recipe_fields import DatasetText, TaskSource, Text, TextPairs
+from ..storage import as_path, files_in
 
 
 def check_texts(parts: Mapping[str, Calibration | Evaluation | Distillation | None], of_pairs: bool) -> None:
@@ -50,7 +51,7 @@ def check_texts(parts: Mapping[str, Calibration | Evaluation | Distillation | No
             # looks at the names now, at the files when iterated
             _pairs(part.text, part) if of_pairs else read_documents(part.text)
             for path in part.text:
-                if not Path(path).stat().st_size:
+                if not as_path(path).stat().st_size:
                     raise RecipeError(f"{path}: is empty; give another file")
 
 
@@ -61,7 +62,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         CheckpointError: the folder has none that loads.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return tokenizer_of(folder)
     except Exception as error:  # transformers raises whatever its parsers do
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -230,7 +231,7 @@ def text_identity(text: Text) -> Any:
     """What a text is, whatever it is called: the digests of its files, or the name of its dataset."""
     if isinstance(text, DatasetText):
         return text.model_dump()
-    return [_file_digest(Path(path)) for path in text]
+    return [_file_digest(as_path(path)) for path in text]
 
 
 def _file_digest(path: Path) -> str:
@@ -243,4 +244,4 @@ def _file_digest(path: Path) -> str:
 
 def tokenizer_digest(checkpoint: Path) -> list[str]:
     """What the files of a checkpoint's tokenizer hold."""
-    return [_file_digest(path) for path in sorted(checkpoint.glob("tokenizer*")) if path.is_file()]
+    return [_file_digest(checkpoint / name) for name in sorted(files_in(checkpoint)) if name.startswith("tokenizer")]

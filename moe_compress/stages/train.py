@@ -19,6 +19,7 @@ from ..evaluation.agreement import Scores
 from ..executor import Executor
 from ..job import Job
 from ..progress import Reporter
+from ..storage import as_path
 from .evaluate import scored
 from .prepare_training import TEACHER, PreparedTraining
 from .publish_trained import publish_trained
@@ -71,7 +72,7 @@ def train(job: Job, prepared: PreparedTraining, executor: Executor, fit: Fit, re
             dtype=dtype,
             original_parameters=prepared.original_parameters,
         )
-        events, board = job.folder / "events.jsonl", prepared.folder / "tensorboard"
+        events, board = job.events, prepared.folder / "tensorboard"
         run = Run(task, events, board, recipe.cluster.threads, recipe.cluster.device)
         with _following(events, prepared, reporter):
             fit(run)
@@ -82,7 +83,7 @@ def train(job: Job, prepared: PreparedTraining, executor: Executor, fit: Fit, re
     summary = {
         "student": recipe.model,
         "teacher": recipe.teacher,
-        "output": recipe.output,
+        "output": str(as_path(recipe.output)),
         **outcome,
         "scores": {name: found.to_dict() for name, found in scores.items()},
         "tasks": tasks,

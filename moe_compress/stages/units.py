@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..calibration.statistics import LayerStatistics
 from ..calibration.worker import pick_device, statistics_path
 from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.shard import load_tensors
 from ..checkpoint.writer import ShardInfo, atomic_write, describe_shard, write_shard
 from ..method_options import D2MoE
 from ..methods.d2moe import GroupProblem, channel_alignment
@@ -34,6 +34,7 @@ from ..model.levels import factor_names, piece_names, piece_position, pieces_of,
 from ..model.merged import MAP_NAME
 from ..model.skeleton import Skeleton
 from ..model.stored_experts import StoredExperts
+from ..storage import local
 
 FORMS_KEY = b"forms"
 """Key of a spectra table's metadata: its forms, JSON."""
@@ -100,7 +101,7 @@ class _Setup:
         self.order: Tensor | None = None
         if place.options.align:
             align_layer(place, path)
-            self.order = load_file(place.alignment / f"{path}.safetensors")["order"]
+            self.order = load_tensors(place.alignment / f"{path}.safetensors")["order"]
 
     def problem(self, form: Form) -> GroupProblem:
         """The factorisation in one form."""
@@ -139,7 +140,7 @@ def write_spectra(target: Path, energies: dict[Form, dict[str, Tensor]]) -> None
 
 def read_spectra(target: Path) -> dict[Form, dict[str, list[NDArray[np.float32]]]]:
     """What `write_spectra` wrote: the energies of each item by form and slot."""
-    table = pq.read_table(target)
+    table = read_table(target)
     stored = json.loads(table.schema.metadata[FORMS_KEY])
     forms = [Form(**{name: of and tuple(of) for name, of in each.items()}) for each in stored]
     found: dict[Form, dict[str, list[NDArray[np.float32]]]] = {form: defaultdict(list) for form in forms}
@@ -199,6 +200,12 @@ def write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     atomic_write(path, sink.getvalue().to_pybytes())
+
+
+def read_table(path: Path) -> pa.Table:
+    """What `write_table` wrote."""
+    with local(path) as here:
+        return pq.read_table(here)
 
 
 def statistics_seen(layers: list[MoELayer], folder: Path) -> list[MoELayer]:

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...checkpoint.reader import CheckpointReader
 from ...errors import CheckpointError
-from ...model.architecture import load_config
+from ...model.architecture import load_config, tokenizer_of
 from .encoding import Encoded, encode
 from .examples import Prompt
 
@@ -52,7 +52,7 @@ class Asked:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's."""
-        return AutoTokenizer.from_pretrained(self.checkpoint)
+        return tokenizer_of(self.checkpoint)
 
     @cached_property
     def is_encoder_decoder(self) -> bool:
