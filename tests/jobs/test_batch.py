@@ -19,6 +19,7 @@ import yaml
 
 from jobs import batch, cli
 from moe_compress.checkpoint.manifest import MANIFEST_NAME
+from moe_compress.stages.summary import SUMMARY_NAME
 from tests.cluster_cases import ROOT
 from tests.conftest import Checkpoint
 
@@ -233,9 +234,9 @@ def test_jobs_die_with_the_batch(tmp_path: Path, manifest: dict[str, Any]) -> No
     command = [sys.executable, "-m", "jobs.batch", str(path), "--json"]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (children := psutil.Process(driver.pid).children()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    (child,) = children
+    while not (tmp_path / "many" / SUMMARY_NAME).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)  # it is written once the first job has begun
+    (child,) = psutil.Process(driver.pid).children()
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     psutil.wait_procs([child], timeout=30)
