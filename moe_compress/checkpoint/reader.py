@@ -250,8 +250,8 @@ def _sealed(folder: StoredPath) -> Path:
     try:
         if folder.is_dir():
             return folder.sealed()
-    except StorageError as error:
-        raise CheckpointError(f"model {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"model {error.strerror}") from error
     raise CheckpointError(f"model {folder}: no such folder in the store; correct the address")
 
 

@@ -12,6 +12,7 @@ from ..checkpoint.manifest import MANIFEST_NAME, LevelRecord, Manifest, Source, 
 from ..checkpoint.reader import CONFIG_NAME
 from ..checkpoint.shard import read_shard
 from ..checkpoint.writer import (
+    UNFINISHED_NAME,
     atomic_write,
     copy_side_files,
     describe_shard,
@@ -70,6 +71,8 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
                     f"output: {output} holds a compressed checkpoint of another job; choose another folder or remove it"
                 )
             shutil.rmtree(staging)  # this very checkpoint is there already
+            if stored:  # killed after the manifest
+                (output / UNFINISHED_NAME).unlink(missing_ok=True)
             return
         publish(staging, output, targets if stored else ())
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from ..checkpoint.manifest import MANIFEST_NAME, Manifest
 from ..checkpoint.reader import CheckpointReader, content_digest, resolve_checkpoint
 from ..checkpoint.writer import UNFINISHED_NAME
-from ..errors import CheckpointError, RecipeError, StorageError
+from ..errors import CheckpointError, RecipeError
 from ..job import Job
 from ..method_options import D2MoE
 from ..methods.counts import check_counts
@@ -166,8 +166,8 @@ def _check_writable(field: str, folder: Path) -> None:
     if isinstance(folder, StoredPath):
         try:
             check_writable(folder)
-        except StorageError as error:
-            raise RecipeError(f"{field}: {error}") from error
+        except OSError as error:
+            raise RecipeError(f"{field}: {error.strerror}") from error
         return
     while not folder.exists():
         folder = folder.parent

@@ -19,6 +19,7 @@ Result = TypeVar("Result")
 PATIENCE_S = 60.0
 """How long a call is tried again; the store's client tries for some seconds in each of our attempts."""
 
+_PATIENCE_WITH_NAMES_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _FINAL = (
     *(
@@ -40,6 +41,11 @@ def filesystem(root: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         StorageError: nothing here serves it.
     """
+    # The client may ask the bucket for its region.
+    return retrying(f"{shown(root)}: cannot be reached", lambda: _client(root), _PATIENCE_WITH_NAMES_S)
+
+
+def _client(root: str) -> tuple[pafs.FileSystem, str]:
     try:
         try:
             return pafs.FileSystem.from_uri(_with_whole_puts(root))
@@ -50,7 +56,7 @@ def filesystem(root: str) -> tuple[pafs.FileSystem, str]:
 
             served, base = url_to_fs(root)
             return pafs.PyFileSystem(pafs.FSSpecHandler(served)), base.rstrip("/")
-    except (pa.ArrowInvalid, OSError, ValueError, ImportError) as error:
+    except (ValueError, ImportError) as error:  # pyarrow's are ValueErrors
         raise StorageError(
             errno.EINVAL, f"{shown(root)}: no filesystem for it ({one_line(error)}); correct the address"
         ) from error
@@ -82,6 +88,8 @@ def retrying(what: str, call: Callable[[], Result], patience_s: float | None = N
             return call()
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, f"{what}: there is no such object") from error
+        except StorageError:
+            raise
         except (OSError, pa.ArrowException) as error:
             reason = one_line(error)
             if any(word in reason for word in _FINAL):

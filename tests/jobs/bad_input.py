@@ -320,7 +320,7 @@ CASES: dict[str, tuple[Callable[[World], object], str]] = {
     "output of another job": (output_of_another_job, "of another job"),
     "unwritable output": (file_in_the_way("output"), "output: "),
     "unwritable job folder": (file_in_the_way("job_dir"), "job_dir: "),
-    "output on an object store": (override("output=s3://bucket/small"), "output: 's3://bucket/small'"),
+    "output is a bucket": (override("output=s3://bucket"), "names a bucket"),
     "output is a link": (linked_output, "is a symbolic link"),
     "output is a mount point": (override("output=/proc"), "output: /"),
     "output in the model": (lambda w: w.recipe.update(output=f"{w.model}/small"), "output: "),

@@ -56,6 +56,17 @@ def test_there_and_back(store: Store, large: Path) -> None:
         assert here.read_bytes() == large.read_bytes()
 
 
+def test_what_fsspec_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_COMPRESS_CACHE", str(tmp_path / "cache"))
+    path = as_path("memory://bucket/folder/name")
+    atomic_write(path, "text")
+    assert files_in(path.parent) == {"name"}
+    with local(path) as here:
+        assert here.read_text() == path.read_text() == "text"
+    remove_folder(path.parent)
+    assert not path.exists()
+
+
 def test_small_objects_are_written_whole(store: Store) -> None:
     path = store.path("folder/pointer.json")
     for text in ("first", "second"):
