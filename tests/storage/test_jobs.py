@@ -116,7 +116,7 @@ def test_from_bucket_to_bucket(
     size = sum(path.stat().st_size for path in store.path("models/model").glob("*.safetensors"))
     assert store.fetched("models/model/model.safetensors") < size + HEADERS  # one pass, whatever was read again
     events = [json.loads(line) for line in store.path("run/out.job/events.jsonl").read_text().splitlines()]
-    assert events[-1]["event"] == "stage_end"
+    assert events[-1]["event"] == "run_end"
 
     store.requests.clear()
     run(load_recipe(recipe), QUIET)  # all of it is there
