@@ -254,9 +254,9 @@ class _Stages:
         )
 
     def _assemble(self) -> StageTime:
-        """The driver takes the digest of every shard of the output, one after the other."""
-        passes = self.work.passes
-        hashing = passes * self.after / self.machine.assumed.hashing
+        """The driver takes the digests of the output's shards, its cores side by side."""
+        passes, assumed = self.work.passes, self.machine.assumed
+        hashing = passes * self.after / (assumed.hashing * assumed.node_cores)
         return stage_time(self.machine, "assemble", driver=hashing, storage=passes * self.after, nodes=1)
 
     def _evaluate(self) -> StageTime:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .. import __version__
@@ -13,6 +15,7 @@ from ..checkpoint.reader import CONFIG_NAME
 from ..checkpoint.shard import read_shard
 from ..checkpoint.writer import (
     UNFINISHED_NAME,
+    ShardInfo,
     atomic_write,
     copy_side_files,
     describe_shard,
@@ -45,13 +48,19 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
         config[TRIM_NAME] = decision.levels[0]
     with reporter.stage("assemble", len(targets)) as stage:
         staging = fresh_staging(output)
-        shards = []
         stored = isinstance(output, StoredPath)  # then they go from the job folder straight to the output
-        for target in targets:
-            if not stored:
-                link_or_copy(target, staging / target.name)
-            shards.append(describe_shard(target if stored else staging / target.name))
-            stage.advance()
+
+        def stage_shard(target: Path) -> ShardInfo:
+            if stored:
+                return describe_shard(target)
+            link_or_copy(target, staging / target.name)
+            return describe_shard(staging / target.name)
+
+        shards = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # their digests are most of the work
+            for shard in pool.map(stage_shard, targets):
+                shards.append(shard)
+                stage.advance()
         copy_side_files(reader.folder, staging)
         atomic_write(staging / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
         save_index(staging, shards)
