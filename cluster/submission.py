@@ -162,7 +162,8 @@ class JobServer:
         lines = self._client.tail_job_logs(submission_id)
         while True:
             try:
-                text = await asyncio.wait_for(anext(lines), _SILENCE_S)
+                async with asyncio.timeout(_SILENCE_S):  # wait_for may swallow Ctrl-C
+                    text = await anext(lines)
             except StopAsyncIteration:
                 return
             if len(text) > shown:

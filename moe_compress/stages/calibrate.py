@@ -16,7 +16,7 @@ from ..errors import CalibrationError, RecipeError
 from ..executor import Executor
 from ..job import Job
 from ..progress import Reporter
-from ..recipe import Recipe
+from ..recipe import JobRecipe, Recipe
 from .prepare import Prepared, sampled_seed, sums_full_grams
 from .routing import report_routing
 from .scheme import Pending, Scheme
@@ -62,7 +62,7 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
         reporter.say("calibrate: statistics are there already")
         analyse(layer.path for layer in statistics_seen(prepared.layers, statistics))
     else:
-        check = partial(_check_sequential, recipe)
+        check = partial(_check_sequential, job.recipe)
         limit_gb = recipe.cluster.in_flight_gb
         sweep = Sweep(job, setup, inf if limit_gb is None else limit_gb * 2**30, check, analyse)
         atomic_write(done, json.dumps(sorted(sweep.run(executor, reporter))))
@@ -78,8 +78,8 @@ def calibrate(job: Job, prepared: Prepared, scheme: Scheme, executor: Executor, 
     return pending
 
 
-def _check_sequential(recipe: Recipe, model: Description) -> None:
-    if recipe.method.sequential and not model.chained:
+def _check_sequential(recipe: JobRecipe, model: Description) -> None:
+    if isinstance(recipe, Recipe) and recipe.method.sequential and not model.chained:
         raise RecipeError(
             "method.sequential: true cannot be: the layers of this model hand on more than hidden states, so those of"
             " two checkpoints cannot be mixed; leave sequential out"

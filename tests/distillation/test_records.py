@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from moe_compress.distillation.records import EventsTail, StepRecords
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
-def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+def test_tensorboard_shows_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events, board = tmp_path / "events.jsonl", tmp_path / "board"
     for run, steps in enumerate([range(1, 6), range(4, 8)]):
+        began = time.time() + run  # the files are read in the order of the seconds in their names
+        monkeypatch.setattr(time, "time", lambda began=began: began)
         records = StepRecords(events, board)
         for step in steps:
             records({"step": step, "loss": 10.0 * run + step})
