@@ -67,9 +67,12 @@ def test_a_full_object_store_spills(cluster: Any, tmp_path: Path, model: Path, t
 
     fill = ray.remote(scheduling_strategy="SPREAD", num_cpus=1)(lambda: np.zeros(30 * 2**20, np.uint8))
     filled = [fill.remote() for _ in range(14)]  # more than all nodes have room for
-    ray.wait(filled, num_returns=len(filled), timeout=60)
+    ray.wait(filled, num_returns=len(filled), timeout=60, fetch_local=False)
     assert Run(tmp_path, model, text, layer_workers=2).go() == wanted
-    assert "Spilled" in memory_summary(stats_only=True)
+    until = time.monotonic() + 30
+    while "Spilled" not in memory_summary(address=cluster.address, stats_only=True):
+        assert time.monotonic() < until
+        time.sleep(1)
 
 
 def test_a_slow_worker_is_waited_for(cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes) -> None:
