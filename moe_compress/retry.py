@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .errors import MoECompressError
+from .errors import MoECompressError, StorageError
 
 Result = TypeVar("Result")
 
 DELAYS_S = (0.5, 1, 2, 4, 8, 16)
 """Pauses before each further try: half a minute together."""
 
-_FINAL = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ENOSPC)
+_FINAL = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ENOSPC)
 """What does not pass by itself."""
 
 _GIVEN_UP = "moe_compress_given_up"
@@ -38,6 +38,8 @@ def patiently(function: Callable[..., Result], *args: Any) -> Result:
         except (MoECompressError, OSError) as error:
             reason = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(reason, OSError) or reason.errno in _FINAL or hasattr(reason, _GIVEN_UP):
+                raise
+            if isinstance(reason, StorageError):  # object stores have been waited for
                 raise
             delay_s = next(delays_s, None)
             if delay_s is None:

@@ -52,8 +52,9 @@ def wanted(tmp_path_factory: pytest.TempPathFactory, model: Path, text_file: Pat
 
 def begin(cluster: Loopback, *arguments: str) -> subprocess.Popen[str]:
     """`moe-compress submit ARGUMENTS` as somebody whose shell knows the cluster's token and no more."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "submit", "--address", cluster.dashboard, *arguments],
+    main = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from jobs.cli import main; main()"
+    return subprocess.Popen(  # whoever runs the tests in the background has Ctrl-C ignored by all below
+        [sys.executable, "-c", main, "submit", "--address", cluster.dashboard, *arguments],
         cwd=ROOT,
         env={key: value for key, value in cluster.environment.items() if key != "RAY_AUTH_MODE"},
         stdout=subprocess.PIPE,
