@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# slow tests mostly wait, for processes to start or to be missed
-TEST_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() * 3 // 2)')
 
 .PHONY: quickstart test check format benchmarks clean
 
@@ -26,7 +24,7 @@ check: $(VENV)/ready
 	$(BIN)/mypy
 
 test: check $(BIN)/kubectl
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks.bench_factorisation
