@@ -24,7 +24,7 @@ check: $(VENV)/ready
 	$(BIN)/mypy
 
 test: check $(BIN)/kubectl
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python -m tests.benchmarks.bench_factorisation
