@@ -15,7 +15,7 @@ import ray
 from ray import exceptions as rex
 
 from moe_compress.calibration.worker import CalibrationSetup
-from moe_compress.errors import CompressionError, RecipeError
+from moe_compress.errors import CompressionError, RecipeError, one_line
 from moe_compress.executor import Pool
 from moe_compress.process import device_bytes, settle
 from moe_compress.recipe import Cluster
@@ -149,7 +149,7 @@ def _connect(settings: Cluster) -> None:
             _reach(settings.address)
             ray.init(address=settings.address, **quiet)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error, 160)
             raise RecipeError(
                 f"cluster.address: no Ray cluster at {settings.address} ({reason}); start one, or leave address out"
             ) from error

@@ -21,7 +21,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from moe_compress.errors import MoECompressError, RecipeError, reason_in
+from moe_compress.errors import MoECompressError, RecipeError, one_line, reason_in
 
 _CONNECT_S = 5.0
 _SILENCE_S = 60.0
@@ -173,4 +173,4 @@ class JobServer:
 
 def _briefly(error: BaseException) -> str:
     """An error of somebody else's, briefly."""
-    return " ".join(str(error).split())[-200:] or type(error).__name__
+    return one_line(error)[-200:] or type(error).__name__

@@ -257,7 +257,7 @@ def main(*command: str) -> None:
     debug = "--debug" in sys.argv[1:]
     arguments = [*command, *(argument for argument in sys.argv[1:] if argument != "--debug")]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from moe_compress.errors import MoECompressError
+    from moe_compress.errors import MoECompressError, one_line
 
     try:
         if app(arguments, standalone_mode=False) == _INTERRUPTED:
@@ -267,7 +267,7 @@ def main(*command: str) -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, MoECompressError):
             _fail(reason, error.exit_code)
         if hasattr(error, "format_message"):  # typer's own: the command line is wrong, or asked for nothing but help

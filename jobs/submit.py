@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moe_compress.batch_recipe import expand, parse_batch
 from moe_compress.checkpoint.reader import CheckpointReader
-from moe_compress.errors import JobFailed, MoECompressError, RecipeError
+from moe_compress.errors import JobFailed, MoECompressError, RecipeError, one_line
 from moe_compress.job import digest_of
 from moe_compress.recipe import JobRecipe, Recipe, Training, load_recipe, load_training, read_recipe
 from moe_compress.recipe_fields import TaskSource, Text
@@ -116,7 +116,7 @@ def follow(submission_id: str, server: JobServer, console: Console) -> None:
     if job.status == "STOPPED":
         raise JobFailed(f"job {submission_id}: was stopped; submit the same recipe again to go on", 1)
     code = job.driver_exit_code
-    reason = reason or " ".join(f"driver ended with code {code}: {job.message or ''}".split())[:300]
+    reason = reason or one_line(f"driver ended with code {code}: {job.message or ''}", 300)
     raise JobFailed(f"job {submission_id}: {reason}", code if code in (1, 2) else 1)
 
 

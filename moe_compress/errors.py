@@ -36,6 +36,11 @@ class DistillationError(MoECompressError):
     """A training cannot go on; its snapshots are kept."""
 
 
+def one_line(said: object, limit: int | None = None) -> str:
+    """What somebody else says, an error for instance, on one line of at most `limit` characters."""
+    return " ".join(str(said).split())[:limit]
+
+
 class JobFailed(MoECompressError):
     """Jobs in other processes failed; this one ends as they did."""
 

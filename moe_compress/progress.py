@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from .errors import one_line
 from .job import Job
 from .memory import PeakMemory
 
@@ -143,7 +144,7 @@ class Reporter:
             yield
         except Exception as error:
             with suppress(OSError):  # a refused job's folder is gone; a full disk has been told of
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = one_line(error) or type(error).__name__
                 self.event("run_failed", reason=reason, exit_code=getattr(error, "exit_code", 1))
             raise
         except BaseException:  # Ctrl-C, or SIGTERM, of which Ray makes an exit

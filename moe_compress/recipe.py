@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails
 
 from .distillation_options import Distillation
-from .errors import RecipeError
+from .errors import RecipeError, one_line
 from .method_options import METHODS, Method, Part
 from .recipe_fields import DatasetText, Folder, ModelName, TaskSource, Text, TextPairs, as_task
 from .storage import address, as_path
@@ -228,7 +228,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not YAML ({_one_line(str(error))}); see jobs/recipes/") from error
+        raise RecipeError(f"recipe {path}: not YAML ({one_line(error)}); see jobs/recipes/") from error
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path}: holds {type(data).__name__}, not a mapping of keys; see jobs/recipes/")
     for override in overrides:
@@ -310,7 +310,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         here[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set '{override}': value is not YAML ({_one_line(str(error))}); quote it") from error
+        raise RecipeError(f"--set '{override}': value is not YAML ({one_line(error)}); quote it") from error
 
 
 def _explain(error: ValidationError, kind: type[Part]) -> str:
@@ -333,7 +333,7 @@ def _explain(error: ValidationError, kind: type[Part]) -> str:
         return f"{where}: {first['input']!r} is not a mapping of keys; give its keys one a line, see jobs/recipes/"
     if first["type"] == "value_error" and isinstance(first["input"], dict) and re.match(r"[\w.]+: ", message):
         return f"{where}.{message}".lstrip(".")  # of a part as a whole: it names the key
-    return f"{where}: {first['input']!r} is not valid; {_one_line(message[:1].lower() + message[1:])}"
+    return f"{where}: {first['input']!r} is not valid; {one_line(message[:1].lower() + message[1:])}"
 
 
 def _fields(kind: type[Part], location: tuple[int | str, ...]) -> set[str]:
@@ -355,7 +355,3 @@ def _fields(kind: type[Part], location: tuple[int | str, ...]) -> set[str]:
             model,
         )
     return set(model.model_fields)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

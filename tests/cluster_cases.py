@@ -17,19 +17,19 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 ROOT = Path(__file__).parents[1]
 
 
-def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A random Mixtral whose job takes long enough to be killed in the middle."""
-    config = MixtralConfig(
-        hidden_size=128,
-        intermediate_size=224,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        vocab_size=128,
-        dtype=torch.bfloat16,
-    )
+def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Path:
+    """A random Mixtral whose job takes long enough to be killed in the middle, or one of other sizes."""
+    usual = {
+        "hidden_size": 128,
+        "intermediate_size": 224,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 128,
+    }
+    config = MixtralConfig(**usual | sizes, dtype=torch.bfloat16)  # type: ignore[arg-type]
     torch.manual_seed(0)
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

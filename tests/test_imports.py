@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "job": {"errors", "recipe", "retry", "storage", "checkpoint"},
     "batch_recipe": {"errors", "method_options", "recipe_fields", "recipe", "storage", "job"},
-    "progress": {"job", "memory"},
+    "progress": {"errors", "job", "memory"},
     "stages": {
         *("errors", "recipe", "recipe_fields", "method_options", "budget", "checkpoint", "model", "calibration"),
         *("linalg", "methods", "distillation", "distillation_options"),

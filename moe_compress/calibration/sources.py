@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pyarrow.parquet
 
-from ..errors import RecipeError
+from ..errors import RecipeError, one_line
 from ..storage import as_path
 
 Item = TypeVar("Item")
@@ -124,5 +124,5 @@ def _refusing(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise RecipeError(f"{where}: cannot be had ({reason}); check its names and the network") from error

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import CheckpointError
 from ..storage import files_in
 from .shard import sha256_files
-from .writer import ShardInfo, atomic_write
+from .writer import UNFINISHED_NAME, ShardInfo, atomic_write, publish
 
 MANIFEST_NAME = "moe_compress.json"
 
@@ -113,6 +114,27 @@ class Manifest(_Record):
                 f"manifest {path}: {field}: {first['msg']}; it must be as it was written; copy the "
                 "folder again, or update moe-compress if a newer version made it"
             ) from error
+
+
+def publish_once(staging: Path, output: Path, manifest: Manifest, elsewhere: Sequence[Path] = ()) -> bool:
+    """Publishes a staged checkpoint under its manifest, unless this very checkpoint is there already.
+
+    Args:
+        staging, output, elsewhere: as of `publish`.
+        manifest: of the checkpoint; it is saved first.
+
+    Returns:
+        False where another checkpoint of ours stands there.
+    """
+    manifest.save(staging)
+    if not (output / MANIFEST_NAME).exists():
+        publish(staging, output, elsewhere)
+        return True
+    shutil.rmtree(staging)
+    if Manifest.load(output).unmeasured().text() != manifest.unmeasured().text():
+        return False
+    (output / UNFINISHED_NAME).unlink(missing_ok=True)  # of a publication that was killed after the manifest
+    return True
 
 
 def file_records(folder: Path, shards: Iterable[ShardInfo] = ()) -> dict[str, FileRecord]:

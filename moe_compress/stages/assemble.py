@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .. import __version__
-from ..checkpoint.manifest import MANIFEST_NAME, LevelRecord, Manifest, Source, file_records
+from ..checkpoint.manifest import LevelRecord, Manifest, Source, file_records, publish_once
 from ..checkpoint.reader import CONFIG_NAME
 from ..checkpoint.shard import read_shard
 from ..checkpoint.writer import (
-    UNFINISHED_NAME,
     ShardInfo,
     atomic_write,
     copy_side_files,
     describe_shard,
     fresh_staging,
     link_or_copy,
-    publish,
     save_index,
 )
 from ..errors import RecipeError
@@ -73,17 +70,10 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
             files=file_records(staging, shards),
             levels=_levels(targets, decision.levels),
         )
-        manifest.save(staging)
-        if (output / MANIFEST_NAME).exists():
-            if Manifest.load(output).unmeasured() != manifest:
-                raise RecipeError(
-                    f"output: {output} holds a compressed checkpoint of another job; choose another folder or remove it"
-                )
-            shutil.rmtree(staging)  # this very checkpoint is there already
-            if stored:  # killed after the manifest
-                (output / UNFINISHED_NAME).unlink(missing_ok=True)
-            return
-        publish(staging, output, targets if stored else ())
+        if not publish_once(staging, output, manifest, targets if stored else ()):
+            raise RecipeError(
+                f"output: {output} holds a compressed checkpoint of another job; choose another folder or remove it"
+            )
 
 
 def _count_parameters(prepared: Prepared, decision: Decision) -> dict[str, int]:

@@ -12,7 +12,6 @@ that it has on the student's disk. Two forms change:
 from __future__ import annotations
 
 import json
-import shutil
 from collections import defaultdict
 from copy import deepcopy
 from math import prod
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint.manifest import MANIFEST_NAME, Manifest, Source, file_records
+from ..checkpoint.manifest import MANIFEST_NAME, Manifest, Source, file_records, publish_once
 from ..checkpoint.reader import CONFIG_NAME, CheckpointReader
 from ..checkpoint.shard import TensorEntry, open_tensors
 from ..checkpoint.writer import (
@@ -32,7 +31,6 @@ from ..checkpoint.writer import (
     atomic_write,
     copy_side_files,
     fresh_staging,
-    publish,
     save_index,
     write_shard,
 )
@@ -82,13 +80,7 @@ def publish_trained(
         copy_side_files(student, staging)
         training = provenance | {key: outcome[key] for key in ("steps", "best_step")}
         manifest = _manifest(reader, layers, training, staging, shards)
-        manifest.save(staging)
-        if not (output / MANIFEST_NAME).exists():
-            publish(staging, output)
-            return
-        is_this = Manifest.load(output).text() == manifest.text()
-        shutil.rmtree(staging)
-        if not is_this:
+        if not publish_once(staging, output, manifest):
             raise RecipeError(f"output: {output} holds a checkpoint of another job; choose another folder or remove it")
 
 

@@ -24,7 +24,7 @@ from ..checkpoint.reader import CheckpointReader
 from ..distillation.examples import Examples
 from ..distillation.task_examples import task_examples
 from ..distillation_options import Distillation
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, RecipeError, one_line
 from ..evaluation.tasks.reading import rows_of
 from ..job import digest_of
 from ..model.architecture import load_config, tokenizer_of
@@ -64,7 +64,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return tokenizer_of(folder)
     except Exception as error:  # transformers raises whatever its parsers do
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise CheckpointError(
             f"{folder}: the tokenizer does not load ({reason}); copy the original's tokenizer files there"
         ) from error

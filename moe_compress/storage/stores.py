@@ -12,7 +12,7 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from ..errors import StorageError
+from ..errors import StorageError, one_line
 
 Result = TypeVar("Result")
 
@@ -58,7 +58,7 @@ def _client(root: str) -> tuple[pafs.FileSystem, str]:
             return pafs.PyFileSystem(pafs.FSSpecHandler(served)), base.rstrip("/")
     except (ValueError, ImportError) as error:  # pyarrow's are ValueErrors
         raise StorageError(
-            errno.EINVAL, f"{shown(root)}: no filesystem for it ({one_line(error)}); correct the address"
+            errno.EINVAL, f"{shown(root)}: no filesystem for it ({_briefly(error)}); correct the address"
         ) from error
 
 
@@ -91,7 +91,7 @@ def retrying(what: str, call: Callable[[], Result], patience_s: float | None = N
         except StorageError:
             raise
         except (OSError, pa.ArrowException) as error:
-            reason = one_line(error)
+            reason = _briefly(error)
             if any(word in reason for word in _FINAL):
                 raise StorageError(
                     errno.EACCES, f"{what} ({reason}); check the name of the bucket and the credentials"
@@ -110,7 +110,7 @@ def shown(uri: str) -> str:
     return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 
 
-def one_line(error: Exception) -> str:
+def _briefly(error: Exception) -> str:
     """An error of somebody else's, briefly."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text.partition(" (Request ID")[0].partition("; Details:")[0][:240]

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -20,7 +19,7 @@ from moe_compress.errors import CheckpointError, RecipeError
 from moe_compress.recipe import load_recipe
 from moe_compress.stages.prepare_training import check_training
 from moe_compress.storage import files_in, unfinished_uploads
-from tests.cluster_cases import finish, hashes, start, write_recipe
+from tests.cluster_cases import finish, hashes, start, write_model, write_recipe
 
 from .conftest import Store
 
@@ -33,21 +32,8 @@ HEADERS = 100_000
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Two layers whose experts make shards that are uploaded in parts."""
-    config = MixtralConfig(
-        hidden_size=64,
-        intermediate_size=12288,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=128,
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "model"
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 64, "intermediate_size": 12288, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return write_model(tmp_path_factory.mktemp("models") / "model", tokenizer, **sizes, num_local_experts=4)
 
 
 @pytest.fixture(scope="module")
