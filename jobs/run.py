@@ -34,7 +34,7 @@ from moe_compress.storage import StoredPath, remove_folder
 
 
 @contextmanager
-def executor_for(cluster: Cluster) -> Iterator[Executor]:
+def executor_for(cluster: Cluster, reporter: Reporter) -> Iterator[Executor]:
     """The executor a recipe asks for; closed at the end."""
     executor: Executor
     if cluster.local:
@@ -47,7 +47,7 @@ def executor_for(cluster: Cluster) -> Iterator[Executor]:
             prepare_private_cluster()
         from cluster.executor import RayExecutor
 
-        executor = RayExecutor(cluster)
+        executor = RayExecutor(cluster, reporter)
     try:
         yield executor
     finally:
@@ -65,7 +65,7 @@ def run(recipe: Recipe, console: Console) -> None:
         stack.enter_context(reporter.run("compress"))
         with without_trace(created):
             prepared = prepare(job, *inputs)
-            executor = stack.enter_context(executor_for(recipe.cluster))
+            executor = stack.enter_context(executor_for(recipe.cluster, reporter))
         if not recipe.cluster.local:
             reporter.watch = stage_metrics(recipe, known_flops(recipe, *inputs[1:]))
         _tell_short(recipe, prepared.calibration_tokens, reporter)
@@ -145,7 +145,7 @@ def run_evaluation_only(
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         tokens = evaluation_tokens(evaluation, folder, Path(scratch))
-        executor = stack.enter_context(executor_for(Cluster(local=True)))
+        executor = stack.enter_context(executor_for(Cluster(local=True), reporter))
         if tokens is not None:
             check_vocabulary(folder, num_ids, tokens)
             how = (evaluation.batch_size, evaluation.dtype, "auto", executor, reporter, evaluation.generate, level)

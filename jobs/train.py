@@ -39,7 +39,7 @@ def distill(recipe: Recipe | None, training: Training, console: Console) -> None
         stack.enter_context(reporter.run("distill"))
         with without_trace(created):
             prepared = prepare_training(job, training, reporter)
-            executor = stack.enter_context(executor_for(training.cluster))
+            executor = stack.enter_context(executor_for(training.cluster, reporter))
             if not training.cluster.local:
                 reporter.watch = stage_metrics(training, {})
             fit = train_here if training.cluster.local else _on_ray(training)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,9 @@ from tests.tiny_models import save_tiny
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once in the life of a process: one for all tests in it
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 BREADTH = pytest.StashKey[dict[str, str]]()
 """Model type -> one line of the breadth table."""

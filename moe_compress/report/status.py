@@ -58,7 +58,8 @@ class Status:
         stages: of the last run, in order.
         remaining: stages of the path that have not begun.
         num_runs: how often the job was begun or taken up again.
-        worker_losses, restarts: layer workers that were lost, and trainings that started again, in all runs.
+        worker_losses, task_losses, restarts: layer workers and tasks that were lost, and trainings that started
+            again, in all runs.
         training: step, loss, kl and whatever else the last step of a training said, and the last validation.
         reason: why the last run failed.
     """
@@ -75,6 +76,7 @@ class Status:
     remaining: list[str] = field(default_factory=list)
     num_runs: int = 0
     worker_losses: int = 0
+    task_losses: int = 0
     restarts: int = 0
     training: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
@@ -165,6 +167,8 @@ def _tell(status: Status, event: dict[str, Any]) -> None:
         status.training["validation_loss"] = event["validation_loss"]
     elif name == "worker_lost":
         status.worker_losses += 1
+    elif name == "task_lost":
+        status.task_losses += 1
     elif name == "restart":
         status.restarts += 1
 

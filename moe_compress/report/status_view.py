@@ -58,9 +58,10 @@ def _job_view(status: Status) -> RenderableType:
         table.add_row("remain", ", ".join(status.remaining))
     if status.peak_bytes is not None:
         table.add_row("peak memory", bytes_for_people(status.peak_bytes))
-    if status.worker_losses or status.restarts or status.num_runs > 1:
-        lost = f"{status.worker_losses} layer workers lost, {status.restarts} restarts of a training"
-        table.add_row("faults", f"{status.num_runs - 1} earlier runs, {lost}")
+    if status.worker_losses or status.task_losses or status.restarts or status.num_runs > 1:
+        lost = f"{status.worker_losses} layer workers and {status.task_losses} tasks lost"
+        again = f"{status.num_runs - 1} earlier runs, {status.restarts} restarts of a training"
+        table.add_row("faults", f"{again}, {lost}")
     if status.training:
         table.add_row("training", ", ".join(f"{key} {value:g}" for key, value in _of_interest(status.training)))
     if status.last_event:

@@ -100,7 +100,7 @@ def run(folder: Path, model: Path, text: Path, sequences: int, cluster: dict[str
         else:
             from cluster.executor import RayExecutor
 
-            executor = RayExecutor(recipe.cluster)
+            executor = RayExecutor(recipe.cluster, reporter)
         began = time.perf_counter()
         with closing(executor), ProcessorTime() as used:
             scheme = scheme_of(job, prepared)

@@ -91,7 +91,7 @@ class IdleActor:
 def bench_driver() -> None:
     """Calls a second of the driver: its own time, and the clock's with two idle workers."""
     pool.LayerWorkerActor = IdleActor  # type: ignore[assignment,misc]
-    executor = RayExecutor(Cluster(layer_workers=NUM_WORKERS))
+    executor = RayExecutor(Cluster(layer_workers=NUM_WORKERS), Reporter(None))
     try:
         with TemporaryDirectory() as folder:
             recipe: Recipe = recipe_for("DeepSeek-V3", job_dir=folder)

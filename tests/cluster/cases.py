@@ -29,7 +29,6 @@ Hashes = dict[str, str]
 def cluster_of(num_nodes: int, cpus: int = 1, **options: Any) -> Iterator[Any]:
     """A head without CPUs and nodes beside it; this process is connected to it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         import ray
         from ray.cluster_utils import Cluster
@@ -69,13 +68,14 @@ class Run:
     def go(self) -> Hashes:
         """Runs the job here; hashes of the output."""
         executor: Executor = InProcess(1)
+        reporter = Reporter(self.job, self.console)
         if not self.recipe.cluster.local:
             from cluster.executor import RayExecutor
 
-            executor = RayExecutor(self.recipe.cluster)
+            executor = RayExecutor(self.recipe.cluster, reporter)
         with self.job.locked(), closing(executor):
             prepared = prepare(self.job, *check(self.recipe))
-            compress(self.job, prepared, executor, Reporter(self.job, self.console))
+            compress(self.job, prepared, executor, reporter)
         return hashes(self.recipe.output_path)
 
     def events(self, name: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 import psutil
 import pytest
 
-from moe_compress.errors import RecipeError
+from moe_compress.errors import CompressionError, RecipeError
+from moe_compress.progress import Reporter
 from moe_compress.recipe import Cluster
 from tests.cluster.cases import Hashes, Run, at_steps, kill, left_behind, processes
 from tests.cluster_cases import finish, start
@@ -43,21 +45,46 @@ def test_lost_workers_cost_their_sums_alone(
     assert not left_behind(run.job.folder)
 
 
-def test_a_node_that_does_not_come_back_is_done_without(
+def test_lost_tasks_are_done_again(
     cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = Run(tmp_path, model, text, layer_workers=2)
+    with killing(2, TASK, pause_s=0.01):
+        assert run.go() == wanted
+    assert run.events("task_lost")
+    assert not run.events("worker_lost")
+    assert not left_behind(run.job.folder)
+
+
+def test_a_unit_that_kills_its_tasks_ends_the_job(cluster: Any) -> None:
+    from cluster.executor import RayExecutor
+
+    executor = RayExecutor(Cluster(), Reporter(None))
+    with pytest.raises(CompressionError, match="a task's process died 4 times at the same unit of work"):
+        list(executor.results([executor.submit(os.abort)]))
+
+
+def test_nodes_come_and_go(
+    cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is gone for long enough to be done without; then another comes, and the first of all goes."""
     monkeypatch.setattr("cluster.pool.PATIENCE_S", 3.0)
     run = Run(tmp_path, model, text, layer_workers=2)
 
-    def remove() -> None:
-        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    def add() -> None:
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
 
+    def remove(which: int) -> None:
+        cluster.remove_node(cluster.list_all_nodes()[which], allow_graceful=False)
+
+    harms = iter([partial(remove, 2), add, partial(remove, 1)])
     try:
-        with at_steps(50, harm=remove):
+        with at_steps(15, 35, 60, harm=lambda: next(harms)()):
             assert run.go() == wanted
     finally:
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    assert run.events("worker_lost")
+        while len(cluster.list_all_nodes()) < 3:
+            add()
+    assert len(run.events("worker_lost")) >= 2
     assert not left_behind(run.job.folder)
 
 
@@ -83,7 +110,7 @@ def test_a_slow_worker_is_waited_for(cluster: Any, tmp_path: Path, model: Path, 
         victim.send_signal(signal.SIGSTOP)
         threading.Timer(3.0, victim.send_signal, [signal.SIGCONT]).start()
 
-    with at_steps(30, harm=stop):
+    with at_steps(30, 70, harm=stop):
         assert run.go() == wanted
     assert not run.events("worker_lost")
 
@@ -94,16 +121,13 @@ def test_a_driver_that_is_killed_leaves_the_cluster_free(
     import ray
 
     run = Run(tmp_path, model, text, address=cluster.address, layer_workers=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+    for moment in ("statistics-*/finished.json", "shards-*/*"):
         job = start(run.recipe_path)
-    deadline = time.monotonic() + 120
-    while job.poll() is None and time.monotonic() < deadline:
-        if list(run.job.folder.glob("statistics-*/finished.json")):
-            break
-        time.sleep(0.02)
-    job.kill()
-    finish(job)
+        deadline = time.monotonic() + 120
+        while job.poll() is None and time.monotonic() < deadline and not list(run.job.folder.glob(moment)):
+            time.sleep(0.02)
+        job.kill()
+        finish(job)
     assert run.go() == wanted
     assert not left_behind(run.job.folder)
     until = time.monotonic() + 60
@@ -115,24 +139,24 @@ def test_a_driver_that_is_killed_leaves_the_cluster_free(
 
 def test_random_kills_in_one_job(cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes) -> None:
     run = Run(tmp_path, model, text, layer_workers=2)
-    with killing(KILLS) as killed:
+    with killing(KILLS, ACTOR, TASK, pause_s=3) as killed:
         assert run.go() == wanted
     losses = run.events("worker_lost")
-    assert len(losses) <= len(killed)
+    assert 0 < len(losses) + len(run.events("task_lost")) <= len(killed)
     assert all(sum(loss["again"].values()) <= 6 * 6 for loss in losses)
     assert not left_behind(run.job.folder)
     assert not list(tmp_path.glob(".*partial"))
 
 
 @contextmanager
-def killing(count: int) -> Iterator[list[int]]:
-    """Kills a random worker at random moments while the block runs, so many times at most."""
+def killing(count: int, *titles: str, pause_s: float) -> Iterator[list[int]]:
+    """Kills a random process of these titles while the block runs, so many times at most, after random pauses."""
     killed: list[int] = []
     over, rng = threading.Event(), random.Random(0)
 
     def reap() -> None:
-        while len(killed) < count and not over.wait(rng.uniform(0.5, 3)):
-            victims = processes(ACTOR) + processes(TASK)
+        while len(killed) < count and not over.wait(rng.uniform(0, pause_s)):
+            victims = [process for title in titles for process in processes(title)]
             if victims:
                 victim = rng.choice(victims)
                 killed.append(victim.pid)
@@ -157,5 +181,5 @@ def test_an_address_where_nothing_answers_is_one_line(monkeypatch: pytest.Monkey
 
     began = time.monotonic()
     with pytest.raises(RecipeError, match=r"cluster\.address: no Ray cluster at 127\.0\.0\.1:1 \(.*refused\)"):
-        RayExecutor(Cluster(address="127.0.0.1:1"))
+        RayExecutor(Cluster(address="127.0.0.1:1"), Reporter(None))
     assert time.monotonic() - began < 10

@@ -26,6 +26,7 @@ from moe_compress.distillation.loop import RESULT_NAME, Task
 from moe_compress.distillation.snapshots import BEST_NAME, LAYERS_NAME, Claim, read_progress
 from moe_compress.distillation_options import DeepSpeed, Optimizer
 from moe_compress.errors import DistillationError, RecipeError
+from moe_compress.progress import Reporter
 from moe_compress.recipe import Cluster
 from tests.cluster_cases import ROOT, finish, hashes
 from tests.conftest import Checkpoint, Compress
@@ -40,7 +41,7 @@ CLOSE = 1e-4
 def cluster() -> Iterator[None]:
     """A cluster on this machine."""
     before = dict(os.environ)
-    with executor_for(Cluster()):
+    with executor_for(Cluster(), Reporter(None)):
         yield
     os.environ.clear()
     os.environ.update(before)

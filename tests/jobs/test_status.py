@@ -142,10 +142,11 @@ def test_losses_count_and_a_sweep_begins_again(tmp_path: Path) -> None:
                         raise KeyError
             except KeyError:
                 reporter.event("worker_lost", reason="gone", losses=1)
+                reporter.event("task_lost", reason="gone")
         status = read_status(tmp_path / "out.job")
-    assert status.worker_losses == 1
+    assert status.worker_losses == status.task_losses == 1
     assert [(stage.name, stage.done) for stage in status.stages] == [("calibrate", 3)]
-    assert "1 layer workers lost" in shown(tmp_path / "out.job")
+    assert "1 layer workers and 1 tasks lost" in shown(tmp_path / "out.job")
 
 
 @pytest.mark.parametrize(

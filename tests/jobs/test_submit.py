@@ -264,7 +264,6 @@ def test_no_server(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     recipe = str(write_recipe(tmp_path / "recipe.yaml", model, text_file, tmp_path / "out", {}))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     monkeypatch.setattr(sys, "argv", ["moe-compress", "submit", recipe, "--address", address])
     with pytest.raises(SystemExit) as stopped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,24 +215,40 @@ def test_a_training_keeps_its_snapshots_on_a_disk(store: Store, recipe: Path) ->
         check_training(load_recipe(recipe, changes).training(), None)
 
 
+class Refusals:
+    """For three seconds from the first, nothing is written under folders whose names begin so, one after the other."""
+
+    def __init__(self, *prefixes: str) -> None:
+        self.counts, self._until = dict.fromkeys(prefixes, 0), dict[str, float]()
+
+    def __call__(self, method: str, key: str, query: str) -> int | None:
+        if method in ("PUT", "POST"):
+            for prefix in self.counts:
+                if f"/{prefix}" in key and time.monotonic() < self._until.setdefault(prefix, time.monotonic() + 3):
+                    self.counts[prefix] += 1
+                    return 503
+        return None
+
+
 @pytest.mark.slow
 def test_nodes_that_share_no_disk(
-    store: Store, tmp_path: Path, model: Path, text_file: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, model: Path, text_file: Path, wanted: dict[str, str]
 ) -> None:
-    """Two nodes, each with a cache of its own, none of them the driver's."""
+    """Two nodes, each with a cache of its own, none of them the driver's; twice the store refuses what they write."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for node in ("one", "two"):
             cluster.add_node(num_cpus=1, env_vars={"MOE_COMPRESS_CACHE": str(tmp_path / node)})
+        store.before = Refusals("statistics-", "shards-")
         written = in_store(store, tmp_path, model, text_file, {"address": cluster.address, "layer_workers": 2})
         run(load_recipe(written), QUIET)
     finally:
         ray.shutdown()
         cluster.shutdown()
+    assert all(count > 1 for count in store.before.counts.values())
     assert stored_hashes(store) == wanted
     for node in ("one", "two"):
         assert any(path.is_file() for path in (tmp_path / node / "objects").rglob("*"))
