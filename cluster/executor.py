@@ -1,32 +1,25 @@
-"""The Ray executor: layer workers are actors (pool.py), units of work are tasks.
-
-A unit is idempotent and leaves a durable file, so what a dead task was to do is given to another one, wherever there is
-room.
-"""
+"""The Ray executor: layer workers are actors (pool.py), units of work are tasks (units.py)."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import exceptions as rex
 
 from moe_compress.calibration.worker import CalibrationSetup
-from moe_compress.errors import CompressionError, RecipeError, one_line
+from moe_compress.errors import RecipeError, one_line
 from moe_compress.executor import Pool
-from moe_compress.process import device_bytes, settle
+from moe_compress.process import device_bytes
 from moe_compress.progress import Reporter
 from moe_compress.recipe import Cluster
-from moe_compress.retry import patiently
 from moe_compress.stages.units import open_checkpoint
 
-from .metrics import report_process
 from .placement import Needs, alive_nodes, room_for
 from .pool import RayPool
+from .units import Unit, Units
 
 _REACH_S = 10.0
 """How long a cluster's address may take to answer."""
@@ -36,25 +29,6 @@ _STORE_GB = 0.25
 
 _LEAST_STORE_BYTES = 80 * 2**20
 """Ray takes no less."""
-
-MAX_DEATHS = 3
-"""How many processes may die of the same unit before the job gives up. A node's death is none of its units' doing."""
-
-_DEAD = (rex.WorkerCrashedError, rex.OutOfMemoryError, rex.NodeDiedError, rex.ObjectLostError)
-
-
-@dataclass(slots=True)
-class _Unit:
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    num_deaths: int = 0
-
-
-def _run_unit(threads: int, function: Callable[..., Any], *args: Any) -> Any:
-    settle(threads)
-    result = patiently(function, *args)
-    report_process("task")
-    return result
 
 
 def _open(checkpoint: Path) -> None:
@@ -67,28 +41,35 @@ class RayExecutor:
 
     Args:
         settings: the recipe's `cluster`. Without an address a cluster is started on this machine, reachable only
-            from here, and stopped by `close`.
+            from here, and stopped by `close`. A `device` that names CUDA asks for GPUs although none may be up yet.
         reporter: hears of what is lost.
 
     Raises:
-        RecipeError: there is no cluster at the address.
+        RecipeError: there is no cluster at the address, or no room or GPU on this machine.
     """
 
     def __init__(self, settings: Cluster, reporter: Reporter) -> None:
         self.settings, self._reporter = settings, reporter
-        self._units: dict[ray.ObjectRef, _Unit] = {}
         self._started = not ray.is_initialized()
         if self._started:
             _connect(settings)
-        self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self._has_gpus = self._find_gpus()
         memory = 0 if self._has_gpus else int((settings.worker_memory_gb or 0) * 2**30)
         self._needs = Needs(settings.threads, settings.gpus if self._has_gpus else 0, memory)
-        self._unit = ray.remote(max_retries=0, **self._needs.options())(_run_unit)
+        self._units = Units(self._needs, settings.threads, reporter)
         if self._started and settings.address is None and self.num_workers > self.num_slots:
             raise RecipeError(
                 f"cluster.layer_workers: {self.num_workers} workers need {self._needs} each and this machine has room"
                 f" for {self.num_slots}; lower it"
             )
+
+    def _find_gpus(self) -> bool:
+        device, found = self.settings.device, ray.cluster_resources().get("GPU", 0) > 0
+        if device.startswith("cuda") and not found:
+            if self.settings.address is None:
+                raise RecipeError(f"cluster.device: {device}, and Ray finds no GPU here; leave it out, or set cpu")
+            self._reporter.say(f"cluster.device is {device} and no GPU is there yet; waiting for nodes that have some")
+        return device != "cpu" and (found or device.startswith("cuda"))
 
     @property
     def num_slots(self) -> int:
@@ -112,53 +93,23 @@ class RayExecutor:
 
     def start_pool(self, setup: CalibrationSetup) -> Pool:
         """Brings up `setup.num_workers` actors, and where there is room a process for the first units."""
-        pool = RayPool(setup, self.settings.threads, self._needs, self.settings.placement, self._reporter.say)
+        how = (self.settings.threads, self._needs, self.settings.placement)
+        pool = RayPool(setup, *how, say=self._reporter.say, tend=self._units.tend)
         if setup.num_workers < self.num_slots:  # it imports for seconds: not when a layer's statistics are there
-            self._unit.remote(self.settings.threads, _open, setup.checkpoint)
+            self.submit(_open, setup.checkpoint)
         return pool
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
+    def submit(self, function: Callable[..., Any], *args: Any) -> Unit:
         """Runs a unit as a task."""
-        return self._run(_Unit(function, args))
+        return self._units.submit(function, *args)
 
-    def results(self, refs: list[ray.ObjectRef]) -> Iterator[tuple[int, Any]]:
+    def results(self, units: list[Unit]) -> Iterator[tuple[int, Any]]:
         """(index, result) as units are done.
 
         Raises:
             CompressionError: processes die of a unit, one after the other.
         """
-        index_of = {ref: index for index, ref in enumerate(refs)}
-        while index_of:
-            ready, rest = ray.wait(list(index_of), num_returns=1, timeout=0.5)
-            if ready and rest:
-                ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-            for ref in ready:
-                index, unit = index_of.pop(ref), self._units.pop(ref)
-                try:
-                    result = ray.get(ref)
-                except rex.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
-                except _DEAD as error:
-                    index_of[self._run_again(unit, error)] = index
-                else:
-                    yield index, result
-
-    def _run(self, unit: _Unit) -> ray.ObjectRef:
-        ref = self._unit.remote(self.settings.threads, unit.function, *unit.args)
-        self._units[ref] = unit
-        return ref
-
-    def _run_again(self, unit: _Unit, error: Exception) -> ray.ObjectRef:
-        reason = type(error).__name__
-        unit.num_deaths += not isinstance(error, rex.NodeDiedError)
-        if unit.num_deaths > MAX_DEATHS:
-            raise CompressionError(
-                f"a task's process died {unit.num_deaths} times at the same unit of work ({reason}); finished work is"
-                " kept; give the tasks more memory and run the job again"
-            ) from None
-        self._reporter.event("task_lost", unit=unit.function.__name__, reason=reason)
-        self._reporter.say(f"a task was lost ({reason}); its unit of work is done again")
-        return self._run(unit)
+        return self._units.results(units)
 
     def close(self) -> None:
         """Stops the cluster, if it was started here."""

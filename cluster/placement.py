@@ -51,6 +51,11 @@ def room_for(needs: Needs) -> int:
     return sum(needs.room_on(resources) for resources in alive_nodes().values())
 
 
+def pause_s(num_losses: int) -> float:
+    """How long to wait before what was lost so often starts again: what kills it may pass, or be elsewhere."""
+    return min(30.0, 0.5 * 2.0 ** (num_losses - 1))
+
+
 def strategy(placement: Literal["spread", "pack"], needs: Needs, taken: Iterable[str]) -> Any:
     """Which node the next of several equal processes goes to; another, if that has no room after all.
 

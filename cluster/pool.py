@@ -22,18 +22,18 @@ from torch import Tensor
 
 from moe_compress.calibration.schedule import Step, Value
 from moe_compress.calibration.worker import CalibrationSetup, Description, LayerWorker, TooEarly
-from moe_compress.errors import CalibrationError
+from moe_compress.errors import CalibrationError, StorageError, one_line
 from moe_compress.executor import Alone, Done, Event, Failed, Joined, Lost
 from moe_compress.process import settle
 
 from .metrics import report_process
-from .placement import Needs, alive_nodes, strategy
+from .placement import Needs, alive_nodes, pause_s, strategy
 
 PATIENCE_S = 30.0
 """How long lanes wait for a worker that does not come before others take them over, and between two such messages."""
 
 MAX_BAD_STARTS = 10
-"""How many workers in a row may die before they are ready."""
+"""How many workers in a row may die before they are ready, or find no way to the storage."""
 
 _POLL_S = 1.0
 """How often dead nodes are looked for."""
@@ -97,6 +97,7 @@ class RayPool:
         needs: resources of each.
         placement: of all.
         say: tells a person something.
+        tend: called now and then while this waits.
     """
 
     def __init__(
@@ -106,9 +107,12 @@ class RayPool:
         needs: Needs,
         placement: Literal["spread", "pack"],
         say: Callable[[str], None],
+        tend: Callable[[], None],
     ) -> None:
-        self._setup, self._threads, self._needs, self._placement, self._say = setup, threads, needs, placement, say
+        self._setup, self._threads, self._needs, self._placement = setup, threads, needs, placement
+        self._say, self._tend = say, tend
         self._num_started = self._bad_starts = 0
+        self._due: list[float] = []  # when others are to be hired
         self._actors: dict[int, Any] = {}
         self._starting: dict[ray.ObjectRef, int] = {}
         self._node_of: dict[int, str] = {}
@@ -135,7 +139,13 @@ class RayPool:
         """
         events: list[Event] = []
         while not events:
-            ready, rest = ray.wait([*self._starting, *self._calls], num_returns=1, timeout=_POLL_S, fetch_local=False)
+            for when in [when for when in self._due if when <= time.monotonic()]:
+                self._due.remove(when)
+                self._hire()
+            refs = [*self._starting, *self._calls]
+            if not refs:
+                time.sleep(_POLL_S)
+            ready, rest = ray.wait(refs, num_returns=1, timeout=_POLL_S, fetch_local=False) if refs else ([], [])
             if ready and rest:
                 ready += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
             for ref in ready:
@@ -143,7 +153,7 @@ class RayPool:
                     self._meet(ref, events)
                 elif ref in self._calls:
                     self._take(ref, events)
-            self._look_at_nodes(events)
+            self._look_around(events)
             self._look_for_missing(events)
         return events
 
@@ -156,7 +166,7 @@ class RayPool:
         """Ends the actors, and those that have not started yet."""
         for actor in self._actors.values():
             ray.kill(actor)
-        self._actors, self._starting, self._calls, self._values = {}, {}, {}, {}
+        self._actors, self._starting, self._calls, self._values, self._due = {}, {}, {}, {}, []
 
     # --- internals -----------------------------------------------------------------------------------------
 
@@ -177,20 +187,31 @@ class RayPool:
         try:
             model, self._node_of[worker] = ray.get(ref)
         except _LOST_ACTOR as error:
-            self._bad_starts += 1
-            if self._bad_starts > MAX_BAD_STARTS:
-                raise CalibrationError(
-                    f"{self._bad_starts} layer workers in a row died as they started, last: {_why(error)}; give"
-                    " them more memory and run the job again"
-                ) from None
-            self._drop(worker)
-            self._hire()
+            self._start_badly(worker, _why(error))
         except rex.RayTaskError as error:
-            raise _cause(error) from None
+            cause = _cause(error)
+            if not isinstance(cause, StorageError):
+                raise cause from None
+            self._start_badly(worker, one_line(cause, 160))
         else:
             self._bad_starts = 0
             self._changed, self._is_told_alone = time.monotonic(), False
             events.append(Joined(worker, model))
+
+    def _start_badly(self, worker: int, reason: str) -> None:
+        """Where other workers are ready the job can do without this one."""
+        self._bad_starts += 1
+        self._drop(worker)
+        others = len(self._actors) > len(self._starting)
+        if self._bad_starts <= MAX_BAD_STARTS:
+            self._due.append(time.monotonic() + pause_s(self._bad_starts))
+        elif others:
+            self._say(f"{self._bad_starts} layer workers in a row died as they started ({reason}); going on without")
+        else:
+            raise CalibrationError(
+                f"{self._bad_starts} layer workers in a row died as they started, last: {reason}; give them more"
+                " memory and run the job again"
+            )
 
     def _take(self, ref: ray.ObjectRef, events: list[Event]) -> None:
         call = self._calls.pop(ref)
@@ -202,9 +223,12 @@ class RayPool:
             events.append(self._failed(call, error))
         except rex.RayTaskError as error:
             cause = _cause(error)
-            if not isinstance(cause, TooEarly | rex.ObjectLostError | rex.ObjectFetchTimedOutError):
+            if isinstance(cause, TooEarly | rex.ObjectLostError | rex.ObjectFetchTimedOutError):
+                events.append(self._failed(call, cause))
+            elif isinstance(cause, StorageError):  # waited for there; another node may find its way
+                self._lose(call.worker, one_line(cause, 160), events)
+            else:
                 raise cause from None
-            events.append(self._failed(call, cause))
         else:
             if call.makes is not None:
                 self._values[call.makes] = call.made
@@ -230,11 +254,12 @@ class RayPool:
         self._calls = {ref: call for ref, call in self._calls.items() if call.worker != worker}
         self._starting = {ref: at for ref, at in self._starting.items() if at != worker}
 
-    def _look_at_nodes(self, events: list[Event]) -> None:
+    def _look_around(self, events: list[Event]) -> None:
         """A dead node takes its workers with it, and what they had made."""
         if time.monotonic() - self._polled < _POLL_S:
             return
         self._polled = time.monotonic()
+        self._tend()
         dead = set(self._node_of.values()) - alive_nodes().keys() - self._dead_nodes
         self._dead_nodes |= dead
         for worker, node in list(self._node_of.items()):
@@ -246,14 +271,15 @@ class RayPool:
     def _look_for_missing(self, events: list[Event]) -> None:
         """When all are there, or some do not come, those that are there take over what nobody has."""
         waited_s = time.monotonic() - self._changed
-        if not self._starting:
+        missing = len(self._starting) + len(self._due)
+        if not missing:
             if not self._is_told_alone:
                 events.append(Alone())
             self._is_told_alone = True
         elif waited_s > PATIENCE_S:
             self._changed = time.monotonic()
             self._say(
-                f"waiting for {len(self._starting)} of {self._setup.num_workers} layer workers to start;"
+                f"waiting for {missing} of {self._setup.num_workers} layer workers to start;"
                 f" each needs room for {self._needs}"
             )
             events.append(Alone())

@@ -11,11 +11,12 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -26,20 +27,32 @@ from moe_compress.errors import DistillationError, MoECompressError, RecipeError
 from moe_compress.process import settle
 
 from .failures import Failures, one_line, reason_of
+from .placement import Needs, alive_nodes, room_for
 
 _POLL_S = "0.5"
 """How often Ray Train asks its processes whether they live and are done."""
 
+ROOM_S = 900.0
+"""How long a cluster that others started may take to have room: nodes are replaced, or started for who asks."""
 
-def train_on_ray(run: Run) -> None:
+_ASK_S = 2.0
+
+Say = Callable[[str], None]
+
+
+def train_on_ray(run: Run, say: Say | None = None) -> None:
     """Runs a training on the cluster that this process is connected to.
+
+    Args:
+        run: the training.
+        say: as of `find_room`.
 
     Raises:
         RecipeError: there is no room for so many processes.
         MoECompressError: it cannot go on; snapshots are kept.
     """
     how = run.task.settings.deepspeed
-    processes, needs = find_room(how.processes, run.threads, run.device)
+    processes, needs = find_room(how.processes, run.threads, run.device, say)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
     with tempfile.TemporaryDirectory() as own, _interruptible():
         trainer = TorchTrainer(
@@ -65,27 +78,35 @@ def train_on_ray(run: Run) -> None:
             raise DistillationError(f"training: {what}; snapshots are kept; run the job again to go on") from error
 
 
-def find_room(processes: int | None, threads: int, device: str) -> tuple[int, dict[str, int]]:
+def find_room(processes: int | None, threads: int, device: str, say: Say | None = None) -> tuple[int, dict[str, int]]:
     """(how many training processes, the resources of each) on the cluster that this process is connected to.
 
     Args:
         processes, threads, device: of the recipe.
+        say: tells a person what is waited for; None where the cluster is our own, and will not grow.
 
     Raises:
         RecipeError: its nodes have no room for so many.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    num_gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
-    needs = {"CPU": threads} | ({"GPU": 1} if num_gpus else {})
-    processes = processes or num_gpus or 1
-    room = sum(min(int(node.get(kind, 0)) // count for kind, count in needs.items()) for node in nodes)
-    if processes > room:
-        wanted = " and ".join(f"{count} {kind}" for kind, count in needs.items())
-        raise RecipeError(
-            f"distillation.deepspeed.processes: {processes} need {wanted} each, and the cluster has room for {room};"
-            " lower it, or cluster.threads"
-        )
-    return processes, needs
+    began, told = time.monotonic(), False
+    while True:
+        nodes = alive_nodes().values()
+        num_gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
+        needs = Needs(threads, num_gpus > 0 or device.startswith("cuda"))
+        bundle = {"CPU": threads} | ({"GPU": 1} if needs.num_gpus else {})
+        wanted, room = processes or num_gpus or 1, room_for(needs)
+        if wanted <= room:
+            if told:
+                request_resources(bundles=[])
+            return wanted, bundle
+        what = f"distillation.deepspeed.processes: {wanted} need {needs} each, and the cluster has room for {room}"
+        if say is None or time.monotonic() - began > ROOM_S:
+            raise RecipeError(f"{what}; lower it, or cluster.threads")
+        if not told:
+            request_resources(bundles=[bundle] * wanted)  # a cluster that can grow does
+            say(f"{what} so far; waiting for nodes")
+            told = True
+        time.sleep(_ASK_S)
 
 
 def _train_loop(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 
 from rich.console import Console
 
@@ -42,23 +43,26 @@ def distill(recipe: Recipe | None, training: Training, console: Console) -> None
             executor = stack.enter_context(executor_for(training.cluster, reporter))
             if not training.cluster.local:
                 reporter.watch = stage_metrics(training, {})
-            fit = train_here if training.cluster.local else _on_ray(training)
+            fit = train_here if training.cluster.local else _on_ray(training, reporter)
         train(job, prepared, executor, fit, reporter)
     show_training(training.job_path, console)
 
 
-def _on_ray(training: Training) -> Fit:
+def _on_ray(training: Training, reporter: Reporter) -> Fit:
     """Trains on the cluster that this process is connected to.
 
     Raises:
         RecipeError: Ray Train is missing, or room for the processes.
     """
     try:
+        from cluster.environment import running_cluster
         from cluster.training import find_room, train_on_ray
     except ImportError as error:
         raise RecipeError(
             f"distillation: needs Ray Train, which does not import ({error}); pip install 'moe-compress[distill]', or"
             " set cluster.local: true"
         ) from None
-    find_room(training.distillation.deepspeed.processes, training.cluster.threads, training.cluster.device)
-    return train_on_ray
+    may_grow = training.cluster.address or running_cluster()
+    say = reporter.say if may_grow else None
+    find_room(training.distillation.deepspeed.processes, training.cluster.threads, training.cluster.device, say)
+    return partial(train_on_ray, say=say)

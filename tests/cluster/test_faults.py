@@ -74,10 +74,11 @@ def test_nodes_come_and_go(
     def add() -> None:
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
 
-    def remove(which: int) -> None:
-        cluster.remove_node(cluster.list_all_nodes()[which], allow_graceful=False)
+    def remove(node: Any) -> None:
+        cluster.remove_node(node, allow_graceful=False)
 
-    harms = iter([partial(remove, 2), add, partial(remove, 1)])
+    first, second = cluster.list_all_nodes()[1:]  # the head is before them
+    harms = iter([partial(remove, second), add, partial(remove, first)])
     try:
         with at_steps(15, 35, 60, harm=lambda: next(harms)()):
             assert run.go() == wanted

@@ -127,6 +127,25 @@ def test_more_processes_than_there_is_room_for(cluster: None) -> None:
 
 
 @pytest.mark.slow
+def test_a_cluster_that_may_grow_is_waited_for(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster import training
+
+    asked: list[list[dict[str, int]]] = []
+    monkeypatch.setattr(training, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(training, "_ASK_S", 0.1)
+    has_room, said = training.room_for, list[str]()
+    monkeypatch.setattr(training, "room_for", lambda needs: has_room(needs) if said else 0)
+    assert training.find_room(1, 1, "cpu", said.append) == (1, {"CPU": 1})
+    assert asked == [[{"CPU": 1}], []]
+    assert said == [
+        "distillation.deepspeed.processes: 1 need 1 CPU each, and the cluster has room for 0 so far; waiting for nodes"
+    ]
+    monkeypatch.setattr(training, "ROOM_S", 0.2)
+    with pytest.raises(RecipeError, match=r"processes: 1 need 1 CPU, 1 GPU each, .* lower it"):
+        training.find_room(1, 1, "cuda", said.append)
+
+
+@pytest.mark.slow
 def test_a_killed_job_ends_with_the_same_bytes(
     compressed: Compress, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
