@@ -75,7 +75,7 @@ class ProcessorTime:
                         self._seconds[process.pid] = used - before.setdefault(process.pid, 0.0)
                 except (psutil.Error, IndexError):
                     continue
-            if self._over.wait(0.25):
+            if self._over.wait(1.0):
                 return
 
 
