@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from ..calibration.worker import pick_device
+from ..errors import RecipeError
 
 EIGEN = "eigendecomposition"
 _BUDGET_S = 0.1
@@ -16,8 +17,14 @@ _EIGEN_SIZE = 256
 
 
 def measure_speed(dtypes: Iterable[torch.dtype], threads: int, device: str) -> dict[str, float]:
-    """FLOP/s of square matrix products in each dtype, and of a symmetric eigendecomposition, 9 n^3 operations."""
+    """FLOP/s of square matrix products in each dtype, and of a symmetric eigendecomposition, 9 n^3 operations.
+
+    Raises:
+        RecipeError: this machine has no such device; a recipe for a cluster names that of its nodes.
+    """
     place = pick_device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"cluster.device: '{device}' is not to be had here; give --gpus and --gpu, or set it to auto")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     size = 4096 if place.type == "cuda" else 512

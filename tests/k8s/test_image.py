@@ -32,6 +32,10 @@ def test_it_runs_as_the_user_of_the_pods() -> None:
     assert f"--uid {user}" in DOCKERFILE
 
 
+def test_it_sees_the_gpus_that_it_is_given() -> None:
+    assert "NVIDIA_VISIBLE_DEVICES" not in DOCKERFILE  # pods that ask for none would see all of a node
+
+
 def test_the_build_sees_what_it_needs() -> None:
     lines = (K8S / "image" / "Dockerfile.dockerignore").read_text().splitlines()
     allowed = {line[1:] for line in lines if line.startswith("!")}

@@ -20,6 +20,9 @@ SCHEMAS = Path(os.environ.get("KUBERAY_SCHEMAS", ROOT.parent / "shared" / "kuber
 OBJECT_STORE = 0.3
 """Ray's share of a container's memory."""
 
+LEAST_PRIORITY = -10
+"""Of pods for which Cluster Autoscaler adds nodes: its --expendable-pods-priority-cutoff, unless it is told another."""
+
 RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
@@ -88,12 +91,25 @@ def test_jobs(documents: list[Document]) -> None:
     assert spec["ttlSecondsAfterFinished"] >= 0
     assert spec["backoffLimit"] > 0
     assert spec["submitterConfig"]["backoffLimit"] > 0
-    assert not spec["rayClusterSpec"].get("suspend")
+    assert 0 < spec["preRunningDeadlineSeconds"] < 24 * 3600  # GPUs are held while others are missing
 
 
 def test_workers(documents: list[Document]) -> None:
     for group in ray_cluster(documents)["workerGroupSpecs"]:
         assert 0 < group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_the_head_runs_the_driver_alone(documents: list[Document]) -> None:
+    parameters = ray_cluster(documents)["headGroupSpec"]["rayStartParams"]
+    assert (parameters["num-cpus"], parameters["num-gpus"]) == ("0", "0")
+
+
+def test_nodes_are_added_for_workers_of_low_priority(name: str, documents: list[Document]) -> None:
+    classes = {each["metadata"]["name"]: each["value"] for each in of_kind(documents, "PriorityClass")}
+    assert bool(classes) == (name == "together")
+    assert all(LEAST_PRIORITY <= value < 0 for value in classes.values())
+    for template in ray_templates(documents):
+        assert template["spec"].get("priorityClassName") in (None, *classes)
 
 
 def test_no_pod_is_used_again_for_another_node_of_the_autoscaler(documents: list[Document]) -> None:
@@ -288,8 +304,14 @@ def test_the_head_reads_the_recipe_that_is_applied(documents: list[Document]) ->
     assert mounted == config["metadata"]["name"] != "recipe"
 
 
-def test_only_queues_suspend(name: str, documents: list[Document]) -> None:
+def test_jobs_wait_in_a_queue_where_they_are_told_to(name: str, documents: list[Document]) -> None:
     (found,) = of_kind(documents, "RayCluster", "RayJob")
     queued = "kueue.x-k8s.io/queue-name" in found["metadata"].get("labels", {})
     assert queued == (name in ("kueue", "together"))
-    assert bool(found["spec"].get("suspend")) == queued
+
+
+def test_no_manifest_suspends(documents: list[Document]) -> None:
+    """Kueue does when a job is made, and lets it go: applied again, a manifest that says so stops the job."""
+    (found,) = of_kind(documents, "RayCluster", "RayJob")
+    assert "suspend" not in found["spec"]
+    assert "suspend" not in ray_cluster(documents)

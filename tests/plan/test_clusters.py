@@ -6,6 +6,7 @@ import json
 import time
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -138,6 +139,14 @@ def test_unknown_machines_are_refused_in_a_line(gpu: str, assume: list[str], rea
     with pytest.raises(RecipeError, match=reason.replace("(", r"\(")) as refused:
         machine_of(gpu, 8, assume)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpus_of_a_cluster_are_planned_for_where_there_are_none() -> None:
+    recipe = recipe_for("Mixtral-8x7B-v0.1", cluster={"address": "auto", "device": "cuda"})
+    assert make_plan(recipe, machine_of("h100", 8)).problems == []
+    with pytest.raises(RecipeError, match=r"cluster.device: 'cuda' is not to be had here; give --gpus and --gpu"):
+        make_plan(recipe)
 
 
 def test_more_workers_than_gpus_are_a_problem() -> None:
