@@ -52,13 +52,17 @@ class Run:
     Args:
         folder: of recipe, output and job folder.
         model, text: inputs.
+        num_sequences: of the calibration.
         cluster: that part of the recipe.
     """
 
-    def __init__(self, folder: Path, model: Path, text: Path, **cluster: Any) -> None:
+    def __init__(self, folder: Path, model: Path, text: Path, num_sequences: int = 48, **cluster: Any) -> None:
         self.recipe_path = write_recipe(folder / "recipe.yaml", model, text, folder / "out", cluster)
         data = yaml.safe_load(self.recipe_path.read_text())
-        data["calibration"] |= {"num_sequences": 48, "batch_size": 8}  # hidden states too large for Ray to send along
+        data["calibration"] |= {
+            "num_sequences": num_sequences,
+            "batch_size": 8,
+        }  # hidden states too large for Ray to send along
         del data["evaluation"]
         self.recipe_path.write_text(yaml.safe_dump(data))
         self.recipe = parse_recipe(data)
