@@ -237,6 +237,7 @@ def test_a_batch_with_the_stage_of_what_runs(tmp_path: Path) -> None:
     rows = [
         {"name": "a-0.4", "status": "running", "job_dir": str(tmp_path / "out.job"), **known},
         {"name": "b-0.4", "status": "failed", "job_dir": str(tmp_path), **known, "reason": "too short; give more"},
+        {"name": "c-0.4", "status": "waiting", "job_dir": str(tmp_path), **known},
     ]
     (tmp_path / "summary.json").write_text(json.dumps({"jobs": rows}))
     with locked(tmp_path):
