@@ -12,7 +12,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,7 +34,10 @@ _LOST_S = 600.0
 _POLL_S = 0.5
 _REASON_CHARS = 4096
 
-_UNHEARD = (RuntimeError, OSError, TimeoutError, aiohttp.ClientError, requests.RequestException)
+_FAILED = (RuntimeError, ConnectionError, TimeoutError, aiohttp.ClientError, requests.RequestException)
+"""What Ray's client raises where the server, or the way to it, fails."""
+
+_UNHEARD = (*_FAILED, OSError)
 
 
 class JobServer:
@@ -78,6 +82,7 @@ class JobServer:
 
         Raises:
             RecipeError: the environment cannot be sent.
+            MoECompressError: the server fails, perhaps after it took the job; called again, all is well.
         """
         while True:
             attempts = self._attempts(name)
@@ -86,10 +91,13 @@ class JobServer:
                 return str(last.submission_id), False
             submission_id = f"{name}.{max(attempts) + 1}" if attempts else name
             try:
-                self._client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env)
-            except (ValueError, RuntimeError, OSError) as error:
-                if "already exists" in str(error):  # another has submitted the same name this very moment
+                with self._asking():
+                    self._client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env)
+            except MoECompressError as error:
+                if "already exists" in str(error.__cause__):  # another has submitted the same name this very moment
                     continue
+                raise
+            except (ValueError, TypeError, OSError) as error:
                 raise RecipeError(f"--runtime-env: cannot be sent ({_briefly(error)}); mend it") from error
             return submission_id, True
 
@@ -98,6 +106,7 @@ class JobServer:
 
         Raises:
             RecipeError: nothing did.
+            MoECompressError: the server fails.
         """
         attempts = self._attempts(name)
         if not attempts:
@@ -144,18 +153,32 @@ class JobServer:
             time.sleep(_POLL_S)
 
     def stop(self, submission_id: str) -> bool:
-        """Ends a job and waits until it has; False where it had ended before."""
-        if not self._client.stop_job(submission_id):
-            return False
-        while not self._client.get_job_status(submission_id).is_terminal():
-            time.sleep(_POLL_S)
-        return True
+        """Ends a job and waits until it has; False where it had ended before.
+
+        Raises:
+            MoECompressError: the server fails.
+        """
+        with self._asking():
+            if not self._client.stop_job(submission_id):
+                return False
+            while not self._client.get_job_status(submission_id).is_terminal():
+                time.sleep(_POLL_S)
+            return True
 
     def _attempts(self, name: str) -> dict[int, JobDetails]:
         """What was submitted under a name, by its place."""
         mine = re.compile(rf"{re.escape(name)}(?:\.(\d+))?")
-        found = ((mine.fullmatch(job.submission_id or ""), job) for job in self._client.list_jobs())
+        with self._asking():
+            jobs = self._client.list_jobs()
+        found = ((mine.fullmatch(job.submission_id or ""), job) for job in jobs)
         return {int(match[1] or 1): job for match, job in found if match}
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except _FAILED as error:
+            raise MoECompressError(f"--address {self.address}: fails ({_briefly(error)}); run it again") from error
 
     async def _tail(self, submission_id: str, shown: int, hear: Callable[[str], None]) -> None:
         """Hands on what a job says after the first `shown` characters, until it ends or falls silent."""

@@ -1,7 +1,8 @@
 """Runs a batch: each job a process of its own, so that whatever becomes of one the others go on.
 
 In the batch's folder, `recipes/` holds the resolved recipes, `summary.json` a row a job, `logs/` what the jobs said and
-`done/` the row of each that is done. Run again, those are left alone and the others go on where they were.
+`done/` the row of each that is done. Run again, those are left alone and the others go on where they were. `lock` is
+held while it runs, also between jobs: a second run is refused, and whoever looks knows whether the summary still holds.
 
     python -m jobs.batch MANIFEST [--set key=value]      `moe-compress batch`, as a cluster is given it to run
 """
@@ -30,7 +31,9 @@ from moe_compress.recipe import read_recipe
 from moe_compress.report.batch import JOBS, batch_view
 from moe_compress.stages.prepare import check, check_output
 from moe_compress.stages.summary import SUMMARY_NAME
-from moe_compress.storage import address, as_path
+from moe_compress.storage import address, as_path, locked
+
+from .run import missing_folders, without_trace
 
 _ROOT = Path(__file__).parents[1]
 _POLL_S = 0.1
@@ -48,20 +51,17 @@ def run_batch(path: Path, overrides: Sequence[str], console: Console, as_json: b
     Raises:
         RecipeError: something in it cannot be run; then nothing has started.
         JobFailed: some jobs failed; exit code 2 if the input of each of them is wrong.
+        MoECompressError: it runs already.
     """
     batch = parse_batch(read_recipe(path, overrides))
     folder = _folder(batch, path)
-    entries, problems = expand(batch, folder)
-    problems += _refusals(entries)
-    if problems:
-        if len(problems) == 1:
-            raise RecipeError(problems[0])
-        for problem in problems:
-            print(f"{ERROR}{problem}", file=sys.stderr)
-        raise RecipeError(f"batch: {len(problems)} errors, and no job has started; mend them")
-    for name in ("done", "logs", "recipes"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    rows = _Runner(folder, entries, batch.max_parallel, Console(stderr=True)).run()
+    created = missing_folders(folder)
+    with locked(folder, "folder"):
+        with without_trace(created):
+            entries = _checked(batch, folder)
+        for name in ("done", "logs", "recipes"):
+            (folder / name).mkdir(exist_ok=True)
+        rows = _Runner(folder, entries, batch.max_parallel, Console(stderr=True)).run()
     if as_json:
         print(json.dumps({JOBS: rows}, indent=2))
     else:
@@ -82,6 +82,19 @@ def _folder(batch: Batch, path: Path) -> Path:
     if folder.is_file():
         raise RecipeError(f"folder: {folder} is a file; give folder, or let the manifest end in .yaml")
     return folder
+
+
+def _checked(batch: Batch, folder: Path) -> list[Entry]:
+    """The jobs of a batch, none of which is refused; every error is told."""
+    entries, problems = expand(batch, folder)
+    problems += _refusals(entries)
+    if not problems:
+        return entries
+    if len(problems) == 1:
+        raise RecipeError(problems[0])
+    for problem in problems:
+        print(f"{ERROR}{problem}", file=sys.stderr)
+    raise RecipeError(f"batch: {len(problems)} errors, and no job has started; mend them")
 
 
 def _refusals(entries: list[Entry]) -> list[str]:

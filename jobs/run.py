@@ -94,7 +94,7 @@ def missing_folders(folder: Path) -> list[Path]:
 
 @contextmanager
 def without_trace(created: list[Path]) -> Iterator[None]:
-    """Removes a job folder and those above it that were made with it, innermost first, if its input is refused."""
+    """Removes the folder of a job or batch and those above it made with it, innermost first, if input is refused."""
     try:
         yield
     except (RecipeError, CheckpointError):

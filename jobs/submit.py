@@ -30,6 +30,9 @@ COMMANDS = ("compress", "distill", "batch")
 
 _END_OF_RECIPE = "END_OF_RECIPE"
 
+_COMMAND_BYTES = 128_000
+"""Of an entrypoint, which Ray gives the shell as one argument; Linux takes 128 KiB."""
+
 SomeRecipe = TypeVar("SomeRecipe", bound=JobRecipe)
 
 
@@ -69,6 +72,12 @@ def submit(
         output, text = recipe.output, recipe.to_yaml()
     environment = _environment(runtime_env, working_dir)
     entrypoint = f"python -m jobs.{command} - <<'{_END_OF_RECIPE}'\n{text}{_END_OF_RECIPE}"
+    num_bytes = len(entrypoint.encode())
+    if num_bytes > _COMMAND_BYTES:
+        raise RecipeError(
+            f"{path}: takes {num_bytes:,} bytes as it is sent, and a job can be sent {_COMMAND_BYTES:,}; split it, or"
+            " run it on the cluster from a file there"
+        )
     if name is None:
         called = re.sub(r"[^\w-]+", "-", output.rstrip("/").rsplit("/", 1)[-1])
         name = f"{called}-{digest_of(entrypoint)[:8]}"
@@ -148,7 +157,7 @@ def resolve(command: str, path: Path, overrides: Sequence[str], working_dir: Pat
 
 
 def resolve_batch(path: Path, overrides: Sequence[str], working_dir: Path | None) -> tuple[str, str]:
-    """(its folder, the manifest as it is sent: every recipe written out).
+    """(its folder, the manifest as it is sent: every recipe as its job gives it, without what it leaves open).
 
     Raises:
         RecipeError, CheckpointError: one line each.
@@ -165,7 +174,8 @@ def resolve_batch(path: Path, overrides: Sequence[str], working_dir: Path | None
     jobs = []
     for entry in entries:
         try:
-            jobs.append({"name": entry.name, **_sent(entry.recipe, working_dir).model_dump(mode="json")})
+            recipe = _sent(entry.recipe, working_dir)
+            jobs.append({"name": entry.name, **recipe.model_dump(mode="json", exclude_unset=True)})
         except RecipeError as error:
             raise RecipeError(f"job {entry.name}: {error}") from error
     sent = {"folder": batch.folder, "max_parallel": batch.max_parallel, "jobs": jobs}

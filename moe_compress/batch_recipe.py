@@ -27,7 +27,7 @@ from .errors import RecipeError
 from .job import digest_of
 from .method_options import Part
 from .recipe import Recipe, parse_part, parse_recipe
-from .recipe_fields import Folder
+from .recipe_fields import DiskFolder
 
 _OUTPUT = "{folder}/{name}"
 
@@ -45,13 +45,13 @@ class Batch(Part):
     """The manifest.
 
     Attributes:
-        folder: where outputs, job folders, logs and the summary go.
+        folder: of a disk, where logs and the summary go, and outputs and job folders unless they say where else.
         max_parallel: jobs side by side; those of one job folder run one after the other all the same.
         defaults: of every job. `output` may hold {folder} and {name}.
         jobs: see above.
     """
 
-    folder: Folder | None = None
+    folder: DiskFolder | None = None
     max_parallel: int = Field(1, ge=1)
     defaults: dict[str, Any] = Field(default_factory=dict)
     jobs: Annotated[list[BatchJob], Field(min_length=1)]
@@ -96,6 +96,8 @@ def expand(batch: Batch, folder: Path) -> tuple[list[Entry], list[str]]:
             recipe = parse_recipe(data | {"output": output})
             if recipe.job_dir is None:
                 recipe = recipe.model_copy(update={"job_dir": str(_shared_folder(recipe, folder))})
+            if recipe.job_path == folder.absolute():
+                raise RecipeError(f"job_dir: {folder} is the batch's own folder; give another, or leave it out")
             if batch.max_parallel > 1:
                 _check_share(recipe, batch.max_parallel)
             entries.append(Entry(name, recipe))

@@ -8,10 +8,8 @@ checkpoint and text share a folder and, through the digests, the calibration.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -20,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.writer import append_event, atomic_write
-from .errors import MoECompressError, RecipeError
 from .recipe import JobRecipe
 from .retry import patiently
-from .storage import StoredLock, StoredPath, abort_unfinished, node_cache, upload
+from .storage import StoredLock, StoredPath, abort_unfinished, is_locked, locked, node_cache, upload
 
 FORMAT = 2
 """Part of every digest: raised when a change of the code changes what an artifact means."""
@@ -64,35 +61,11 @@ class Job:
 
         Raises:
             MoECompressError: another job works on the folder.
-            RecipeError: it cannot be written.
+            RecipeError: it cannot be written or locked.
         """
-        with self._locked_store() if isinstance(self.folder, StoredPath) else self._locked_disk():
+        with self._locked_store() if isinstance(self.folder, StoredPath) else locked(self.folder):
             atomic_write(self.folder / self.recipe.file_name, self.recipe.to_yaml())
             yield self
-
-    @contextmanager
-    def _locked_disk(self) -> Iterator[None]:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / "lock", "a+")  # noqa: SIM115
-        except OSError as error:
-            raise RecipeError(
-                f"job_dir: {self.folder} cannot be written ({error.strerror}); choose another folder"
-            ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                raise MoECompressError(
-                    f"job_dir: {self.folder} is in use by process {lock.read().strip() or '?'}; wait for it"
-                    " or give this job its own job_dir"
-                ) from None
-            lock.seek(0)
-            lock.truncate()
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
-            yield
 
     @contextmanager
     def _locked_store(self) -> Iterator[None]:
@@ -145,15 +118,9 @@ class Job:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process holds the lock of a job folder."""
-    mark = folder / "lock"
-    if isinstance(mark, StoredPath):
-        return StoredLock(mark).is_held
-    try:
-        with open(mark) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    """Whether a process holds the lock of a job or a batch.
+
+    Raises:
+        RecipeError: the folder's mount does not tell.
+    """
+    return StoredLock(folder / "lock").is_held if isinstance(folder, StoredPath) else is_locked(folder)

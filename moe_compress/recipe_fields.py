@@ -46,11 +46,20 @@ def _in_a_bucket(path: Any) -> Any:
     return found
 
 
+def _on_a_disk(path: Any) -> Any:
+    if isinstance(path, str) and "://" in path:
+        raise ValueError("names no folder of a disk; give one here, and buckets to output and job_dir")
+    return _named(path)
+
+
 ModelName = Annotated[str, BeforeValidator(_named)]
 """A folder of a disk or an object store, or a hub id."""
 
 Folder = Annotated[str, BeforeValidator(_in_a_bucket)]
 """A folder to write, of a disk or an object store."""
+
+DiskFolder = Annotated[str, BeforeValidator(_on_a_disk)]
+"""A folder to write, of a disk."""
 
 Text = Annotated[list[str] | DatasetText, Field(union_mode="left_to_right"), BeforeValidator(_as_text)]
 """Files, or a dataset; one file may stand without a list."""

@@ -92,6 +92,11 @@ def test_everything_wrong_is_told_at_once() -> None:
     ]
 
 
+def test_a_job_does_not_work_in_the_folder_of_its_batch() -> None:
+    (line,) = problems(job("a", job_dir=str(FOLDER)))
+    assert line.startswith(f"job a: job_dir: {FOLDER} is the batch's own folder")
+
+
 def test_jobs_side_by_side_on_a_cluster_say_their_share() -> None:
     shared = {"cluster": {"local": False}}
     (line,) = problems(job("a", **shared), max_parallel=2)
@@ -110,6 +115,11 @@ def test_jobs_side_by_side_on_a_cluster_say_their_share() -> None:
         ({"jobs": [{"name": "a", "ratios": []}]}, "jobs.0.ratios: []"),
         ({"jobs": [{"name": "a"}], "parallel": 2}, "parallel: unknown key"),
         ({"jobs": [{"name": "a"}], "max_parallel": 0}, "max_parallel: 0"),
+        ({"jobs": [{"name": "a"}], "folder": ""}, "folder: '' is not valid; names nothing"),
+        *(
+            ({"jobs": [{"name": "a"}], "folder": folder}, f"folder: '{folder}' is not valid; names no folder of a disk")
+            for folder in ("s3://bucket", "s3://bucket/may", "gs://bucket/may", "file:///may")
+        ),
     ],
 )
 def test_a_manifest_that_is_none(data: dict[str, Any], said: str) -> None:

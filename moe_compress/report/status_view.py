@@ -18,6 +18,8 @@ from .batch import JOBS, batch_view
 from .status import StageStatus, Status, read_status
 from .tables import bytes_for_people
 
+_STOPPED = "stopped; run the same command again to go on"
+
 
 def look(folder: Path) -> tuple[RenderableType, dict[str, Any], bool]:
     """(what a person is shown of a folder of a job or a batch, the same as plain data, whether anything runs).
@@ -26,26 +28,36 @@ def look(folder: Path) -> tuple[RenderableType, dict[str, Any], bool]:
         RecipeError: the folder is neither.
     """
     summary = folder / SUMMARY_NAME
-    batch = json.loads(summary.read_text()) if summary.is_file() else {}
-    if JOBS not in batch:
-        status = read_status(folder)
-        return _job_view(status), status.to_dict(), status.state == "running"
-    views: list[RenderableType] = [batch_view(batch[JOBS])]
-    runs = False
+    if summary.is_file() and JOBS in json.loads(summary.read_text()):
+        return _look_at_batch(folder)
+    status = read_status(folder)
+    return _job_view(status), status.to_dict(), status.state == "running"
+
+
+def _look_at_batch(folder: Path) -> tuple[RenderableType, dict[str, Any], bool]:
+    runs = in_use(folder)  # before its summary is read, which else may be older than its end
+    batch = json.loads((folder / SUMMARY_NAME).read_text())
+    below = []
     for row in batch[JOBS]:
-        if row["status"] == "running" and in_use(as_path(row["job_dir"])):
+        if row["status"] != "running":
+            continue
+        if not runs:
+            row["status"] = "stopped"
+        elif in_use(as_path(row["job_dir"])):
             status = read_status(as_path(row["job_dir"]))
-            row["stage"], runs = status.to_dict()["stage"], True
+            row["stage"] = status.to_dict()["stage"]
             if status.current is not None:
-                views.append(Text(f"{row['name']}: {_stage_line(status.current)}"))
-    return Group(*views), batch, runs
+                below.append(Text(f"{row['name']}: {_stage_line(status.current)}"))
+    if not runs and any(row["status"] in ("stopped", "waiting") for row in batch[JOBS]):
+        below.append(Text(_STOPPED))
+    return Group(batch_view(batch[JOBS]), *below), batch, runs
 
 
 def _job_view(status: Status) -> RenderableType:
     """What a person is shown."""
     table = Table.grid(padding=(0, 2))
     now = status.last_event_s if status.state in ("done", "failed", "stopped") else time.time()
-    state = {"stopped": "stopped; run the same command again to go on"}.get(status.state, status.state)
+    state = _STOPPED if status.state == "stopped" else status.state
     table.add_row("job", Text(status.folder))
     table.add_row("state", Text(state if status.reason is None else f"{state}: {status.reason}"))
     if status.num_runs:

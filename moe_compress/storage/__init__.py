@@ -1,6 +1,7 @@
-"""Object stores: paths of them, ranges and whole objects through a cache of the node, uploads, locks."""
+"""Object stores: paths of them, ranges and whole objects through a cache of the node, uploads; locks, also of disks."""
 
 from .cache import FOLDER_VARIABLE, LIMIT_VARIABLE, Cache, node_cache, node_scratch, node_staging
+from .disk_lock import is_locked, locked
 from .lock import StoredLock
 from .objects import check_writable, copy, files_in, local, local_folder, remove_folder, upload, writing
 from .paths import StoredPath, address, as_path, is_stored
@@ -20,9 +21,11 @@ __all__ = [
     "check_writable",
     "copy",
     "files_in",
+    "is_locked",
     "is_stored",
     "local",
     "local_folder",
+    "locked",
     "node_cache",
     "node_scratch",
     "node_staging",

@@ -19,6 +19,7 @@ import yaml
 
 from jobs import batch, cli
 from moe_compress.checkpoint.manifest import MANIFEST_NAME
+from moe_compress.report.status_view import look
 from moe_compress.stages.summary import SUMMARY_NAME
 from tests.cluster_cases import ROOT
 from tests.conftest import Checkpoint
@@ -66,52 +67,63 @@ def calibrations(job_dir: Path) -> int:
 
 
 @pytest.mark.slow
-def test_three_checkpoints_at_two_ratios_with_a_broken_job_and_a_damaged_shard(
+def test_three_checkpoints_at_two_ratios_of_which_one_breaks(
     tmp_path: Path,
     manifest: dict[str, Any],
     tiny: Checkpoint,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    short, damaged = tmp_path / "short.txt", tmp_path / "damaged"
-    short.write_text("a fox")
-    shutil.copytree(tiny("olmoe"), damaged)
-    (shard,) = damaged.glob("*.safetensors")
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-100])
-    manifest["max_parallel"] = 2
+    """Five outputs and one failure of 3 x 2: a checkpoint that breaks between its two jobs costs the second alone.
+
+    One whose shard is broken from the start has no output at all: the second run adds such a one.
+    """
+    broken, damaged = tmp_path / "broken", tmp_path / "damaged"
+    shards = {name: shutil.copytree(tiny("olmoe"), name) / "model.safetensors" for name in (broken, damaged)}
+    whole = shards[broken].read_bytes()
+    shards[damaged].write_bytes(whole[:-100])
+    manifest["max_parallel"] = 3
     manifest["jobs"] += [
         {"name": "b", "model": str(tiny("qwen3_moe")), "ratios": [0.4, 0.6]},
-        {"name": "c", "model": str(tiny("olmoe")), "method": {"ratio": 0.4}},
-        {"name": "c-short", "model": str(tiny("olmoe")), "calibration": {"text": str(short)}, "method": {"ratio": 0.6}},
-        {"name": "damaged", "model": str(damaged), "method": {"ratio": 0.5}},
+        {"name": "c", "model": str(broken), "ratios": [0.4, 0.6]},
     ]
-    path = write(tmp_path, manifest)
-    assert call(monkeypatch, str(path)) == 2
+    start = batch._start
+
+    def breaking(recipe: Path, log: IO[str]) -> subprocess.Popen[bytes]:
+        if recipe.stem == "c-0.6":
+            shards[broken].write_bytes(whole[:-100])
+        return start(recipe, log)
+
+    monkeypatch.setattr(batch, "_start", breaking)
+    assert call(monkeypatch, str(write(tmp_path, manifest))) == 2
     said = capfd.readouterr()
     folder = tmp_path / "many"
     rows = summary(folder)
-    done = {"a-0.4", "a-0.6", "b-0.4", "b-0.6", "c"}
-    assert {name for name, row in rows.items() if row["status"] == "done"} == done
+    done = {"a-0.4", "a-0.6", "b-0.4", "b-0.6", "c-0.4"}
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(done, "done") | {"c-0.6": "failed"}
     assert {path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}")} == done
-    assert "fills no sequence of 16" in rows["c-short"]["reason"]
-    assert "damaged/model.safetensors" in rows["damaged"]["reason"]
-    assert [rows[name]["exit_code"] for name in ("c-short", "damaged")] == [2, 2]
+    assert "broken/model.safetensors" in rows["c-0.6"]["reason"]
+    assert rows["c-0.6"]["exit_code"] == 2
+    assert len({row["job_dir"] for row in rows.values()}) == 3
+    for row in rows.values():
+        assert calibrations(Path(row["job_dir"])) == 1
     for name in done:
-        assert calibrations(Path(rows[name]["job_dir"])) == 1
         before, after = rows[name]["bytes"]
         assert 0 < after < before
         assert min(rows[name]["perplexity"]) > 1
         assert rows[name]["seconds"] > 0
-    assert "error: 2 of 7 jobs failed (c-short, damaged)" in said.err
-    assert "c-short: failed: calibration.text" in said.err
+    assert "error: 1 of 6 jobs failed (c-0.6)" in said.err
+    assert f"c-0.6: failed: {rows['c-0.6']['reason']}" in said.err
     made = {name: (folder / name / MANIFEST_NAME).stat().st_mtime_ns for name in done}
 
-    short.write_text("a fox " * 200)
-    shard.write_bytes(whole)
-    assert call(monkeypatch, str(path), "--json") == 0
+    shards[broken].write_bytes(whole)
+    monkeypatch.setattr(batch, "_start", start)
+    manifest["jobs"].append({"name": "d", "model": str(damaged), "method": {"ratio": 0.4}})
+    assert call(monkeypatch, str(write(tmp_path, manifest)), "--json") == 2
     again = {row["name"]: row for row in json.loads(capfd.readouterr().out)["jobs"]}
-    assert {row["status"] for row in again.values()} == {"done"}
+    assert [name for name, row in again.items() if row["status"] != "done"] == ["d"]
+    assert "damaged/model.safetensors" in again["d"]["reason"]
+    assert calibrations(Path(again["c-0.6"]["job_dir"])) == 1
     assert {name: again[name] for name in done} == {name: rows[name] for name in done}
     assert {name: (folder / name / MANIFEST_NAME).stat().st_mtime_ns for name in done} == made
 
@@ -227,6 +239,29 @@ def test_interrupted_it_leaves_nothing_running(
     assert summary(tmp_path / "many")["a-0.4"]["status"] == "waiting"
 
 
+def test_a_second_run_is_refused_before_it_touches_anything(
+    tmp_path: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stub, folder, path = Stub(monkeypatch, {}), tmp_path / "many", write(tmp_path, manifest)
+    begun = stub.start
+
+    def begin(recipe: Path, log: IO[str]) -> subprocess.Popen[bytes]:
+        if stub.started["a-0.4"] and not stub.started["a-0.6"]:  # between two jobs
+            before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+            capfd.readouterr()
+            assert call(monkeypatch, str(path)) == 1
+            said = f"folder: {folder} is in use by process {os.getpid()}; wait for it or give another folder"
+            assert capfd.readouterr().err == f"error: {said}\n"
+            assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+            assert look(folder)[2]
+        return begun(recipe, log)
+
+    monkeypatch.setattr(batch, "_start", begin)
+    assert call(monkeypatch, str(path)) == 0
+    assert stub.started == {"a-0.4": 1, "a-0.6": 1}
+    assert not look(folder)[2]
+
+
 @pytest.mark.slow
 def test_jobs_die_with_the_batch(tmp_path: Path, manifest: dict[str, Any]) -> None:
     manifest["defaults"]["calibration"] |= {"num_sequences": 40, "batch_size": 1}
@@ -242,3 +277,5 @@ def test_jobs_die_with_the_batch(tmp_path: Path, manifest: dict[str, Any]) -> No
     psutil.wait_procs([child], timeout=30)
     assert not child.is_running()
     assert summary(tmp_path / "many")["a-0.4"]["status"] == "running"  # nobody was left to say more
+    _, seen, runs = look(tmp_path / "many")
+    assert ([row["status"] for row in seen["jobs"]], runs) == (["stopped", "waiting"], False)

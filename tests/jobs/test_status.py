@@ -24,8 +24,10 @@ from moe_compress.job import Job, in_use
 from moe_compress.memory import PeakMemory
 from moe_compress.progress import Reporter
 from moe_compress.recipe import JobRecipe, parse_recipe
+from moe_compress.report import status_view
 from moe_compress.report.status import read_status
 from moe_compress.report.status_view import look
+from moe_compress.storage import locked
 from tests.cluster_cases import ROOT, start, write_model, write_recipe
 
 
@@ -235,16 +237,45 @@ def test_a_batch_with_the_stage_of_what_runs(tmp_path: Path) -> None:
     rows = [
         {"name": "a-0.4", "status": "running", "job_dir": str(tmp_path / "out.job"), **known},
         {"name": "b-0.4", "status": "failed", "job_dir": str(tmp_path), **known, "reason": "too short; give more"},
+        {"name": "c-0.4", "status": "waiting", "job_dir": str(tmp_path), **known},
     ]
     (tmp_path / "summary.json").write_text(json.dumps({"jobs": rows}))
-    with running(tmp_path) as reporter, reporter.stage("calibrate", 3):
-        _, data, runs = look(tmp_path)
-        text = shown(tmp_path)
-    assert runs
-    assert data["jobs"][0]["stage"]["name"] == "calibrate"
-    assert "a-0.4: calibrate 0/3" in text
-    assert "b-0.4: too short; give more" in text
-    assert not look(tmp_path)[2]
+    with locked(tmp_path):
+        with running(tmp_path) as reporter, reporter.stage("calibrate", 3):
+            _, data, runs = look(tmp_path)
+            text = shown(tmp_path)
+        assert runs
+        assert data["jobs"][0]["stage"]["name"] == "calibrate"
+        assert "a-0.4: calibrate 0/3" in text
+        assert "b-0.4: too short; give more" in text
+        assert "stopped" not in text
+        _, data, runs = look(tmp_path)  # between two jobs
+        assert (data["jobs"][0]["status"], runs) == ("running", True)
+
+
+def test_a_batch_that_was_killed(tmp_path: Path) -> None:
+    known = {"ratio": 0.4, "bytes": None, "perplexity": None, "seconds": None, "reason": None, "job_dir": "x.job"}
+    statuses = ("done", "running", "waiting")
+    rows = [{"name": status, "status": status, **known} for status in statuses]
+    (tmp_path / "summary.json").write_text(json.dumps({"jobs": rows}))
+    _, data, runs = look(tmp_path)
+    assert ([row["status"] for row in data["jobs"]], runs) == (["done", "stopped", "waiting"], False)
+    assert "stopped; run the same command again" in shown(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"jobs": rows[:1]}))
+    assert "stopped" not in shown(tmp_path)
+
+
+def test_a_batch_that_ends_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"name": "a", "ratio": 0.4, "bytes": None, "perplexity": None, "seconds": 1.0, "reason": None}
+    (tmp_path / "summary.json").write_text(json.dumps({"jobs": [row | {"status": "running"}]}))
+
+    def ends(folder: Path) -> bool:
+        (folder / "summary.json").write_text(json.dumps({"jobs": [row | {"status": "done"}]}))
+        return False
+
+    monkeypatch.setattr(status_view, "in_use", ends)
+    _, data, runs = look(tmp_path)
+    assert (data["jobs"][0]["status"], runs) == ("done", False)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.submission import JobServer
 from jobs import cli
+from jobs import submit as jobs_submit
 from jobs.submit import resolve, resolve_batch
 from moe_compress.batch_recipe import expand, parse_batch
 from moe_compress.errors import RecipeError
@@ -306,11 +308,32 @@ def test_trainings_are_sent_with_what_makes_their_student(tmp_path: Path, model:
             resolve("distill", path, alone, None)
 
 
+def test_batches_of_many_jobs_fit_into_a_command_or_are_refused(
+    tmp_path: Path, model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest: dict[str, Any] = {
+        "folder": str(tmp_path / "many"),
+        "defaults": {"calibration": {"text": str(text_file)}, "method": {"name": "d2moe"}},
+        "jobs": [{"name": f"a{number}", "model": str(model), "method": {"ratio": 0.5}} for number in range(150)],
+    }
+    path = tmp_path / "many.yaml"
+    path.write_text(yaml.safe_dump(manifest))
+    _, text = resolve_batch(path, [], None)
+    assert len(f"true - <<'END'\n{text}END") < jobs_submit._COMMAND_BYTES
+    assert subprocess.run(["sh", "-c", f"true - <<'END'\n{text}END"]).returncode == 0
+
+    manifest["defaults"]["calibration"]["text"] = [str(text_file)] * 20
+    path.write_text(yaml.safe_dump(manifest))
+    line = fail(monkeypatch, capfd, str(path), "--command", "batch")
+    assert re.match(rf"error: {path}: takes [\d,]+ bytes as it is sent, and a job can be sent 128,000; split it", line)
+
+
 def test_batches_are_sent_with_every_recipe_written_out(tmp_path: Path, model: Path, text_file: Path) -> None:
+    method = {"name": "d2moe", "preset": "paper", "weighting": "loss"}  # which is the default, but not of the preset
     manifest: dict[str, Any] = {
         "folder": str(tmp_path / "many"),
         "defaults": {"calibration": {"text": str(text_file)}, "cluster": {"local": True, "layer_workers": 1}},
-        "jobs": [{"name": "a", "model": str(model), "method": {"name": "d2moe"}, "ratios": [0.4, 0.6]}],
+        "jobs": [{"name": "a", "model": str(model), "method": method, "ratios": [0.4, 0.6]}],
     }
     path = tmp_path / "many.yaml"
     path.write_text(yaml.safe_dump(manifest))
