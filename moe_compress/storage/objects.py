@@ -20,7 +20,7 @@ from .stores import retrying
 _CHUNK_BYTES = 16 * 2**20
 _CHUNKS_UNDER_WAY = 4
 _COPY_LIMIT_BYTES = 5 * 10**9
-"""What S3 copies by itself in one request."""
+"""What S3 copies by itself in one request; what is larger passes through this node."""
 _WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
 
 
@@ -128,7 +128,9 @@ def _upload(file: Path, path: StoredPath) -> None:
 
 
 def copy(source: Path, target: StoredPath) -> None:
-    """Makes `target` the same bytes as `source`; within one store nothing passes through this node.
+    """Makes `target` the same bytes as `source`; within one bucket the store copies by itself, up to 5 GB an object.
+
+    What is larger, or comes from elsewhere, passes through this node and its cache.
 
     Raises:
         StorageError: it cannot be copied.
