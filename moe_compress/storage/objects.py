@@ -112,7 +112,7 @@ def upload(file: Path, path: StoredPath) -> None:
 
 
 def _upload(file: Path, path: StoredPath) -> None:
-    served, name = path.store
+    served, name = path.patient_store
     if served.type_name not in _WITHOUT_FOLDERS:
         served.create_dir(name.rpartition("/")[0], recursive=True)
     num_bytes = file.stat().st_size
@@ -136,7 +136,7 @@ def copy(source: Path, target: StoredPath) -> None:
         StorageError: it cannot be copied.
     """
     if isinstance(source, StoredPath) and source.bucket == target.bucket:
-        (served, name), (_, target_name) = source.store, target.store
+        (served, name), (_, target_name) = source.patient_store, target.store
         if source.stat().st_size <= _COPY_LIMIT_BYTES:
             retrying(f"{target}: cannot be written", lambda: served.copy_file(name, target_name))
             return

@@ -20,10 +20,8 @@ PATIENCE_S = 60.0
 """How long a call is tried again; the store's client tries for some seconds in each of our attempts."""
 
 _PATIENCE_WITH_NAMES_S = 10.0
-_SILENCE_S = 120.0
-"""How long S3 may say nothing in a request: while it copies 5 GB, or puts the parts of an upload together, many stores
-do not. The client's own 3 s would end these requests each time anew. A store that is not there is told of by the
-timeout for connecting, which stays the client's."""
+_SILENCE_S = 300.0
+"""How long S3 may say nothing while it copies 5 GB or puts the parts of an upload together."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _FINAL = (
     *(
@@ -49,11 +47,26 @@ def filesystem(root: str) -> tuple[pafs.FileSystem, str]:
     return retrying(f"{shown(root)}: cannot be reached", lambda: _client(root), _PATIENCE_WITH_NAMES_S)
 
 
+@lru_cache(maxsize=64)
+def patient_filesystem(root: str) -> pafs.FileSystem:
+    """The filesystem again, for requests that a store answers when it has done long work: _SILENCE_S instead of 3 s.
+
+    All else is better asked a second time after those 3 s. Addresses have no option for it.
+
+    Raises:
+        StorageError: nothing here serves it.
+    """
+    served, _ = filesystem(root)
+    if not isinstance(served, pafs.S3FileSystem):
+        return served
+    make, (options,) = served.__reduce__()
+    return make(options | {"request_timeout": _SILENCE_S})
+
+
 def _client(root: str) -> tuple[pafs.FileSystem, str]:
     try:
         try:
-            served, base = pafs.FileSystem.from_uri(_with_whole_puts(root))
-            return _with_silence(served), base
+            return pafs.FileSystem.from_uri(_with_whole_puts(root))
         except pa.ArrowInvalid as error:
             if "Unrecognized filesystem type" not in str(error):
                 raise
@@ -72,14 +85,6 @@ def _with_whole_puts(root: str) -> str:
     if not root.startswith("s3://") or "allow_delayed_open" in root:
         return root
     return f"{root}{'&' if '?' in root else '?'}allow_delayed_open=true"
-
-
-def _with_silence(served: pafs.FileSystem) -> pafs.FileSystem:
-    """The same client of S3, waiting for answers as long as _SILENCE_S, for which addresses have no option."""
-    if not isinstance(served, pafs.S3FileSystem):
-        return served
-    make, (options,) = served.__reduce__()
-    return make(options | {"request_timeout": _SILENCE_S})
 
 
 def retrying(what: str, call: Callable[[], Result], patience_s: float | None = None) -> Result:
