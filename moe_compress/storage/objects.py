@@ -100,15 +100,17 @@ def writing(path: StoredPath, num_bytes: int) -> Iterator[BinaryIO]:
         cache.place(temporary, cache.name(_version(path, path.info())))
 
 
-def upload(file: Path, path: StoredPath) -> None:
+def upload(file: Path, path: StoredPath, patience_s: float | None = None) -> None:
     """Makes a local file an object: in one request, or in parts side by side; until the end it is not to be seen.
+
+    It is tried again as long as `retrying` does.
 
     Raises:
         StorageError: the store does not take it.
     """
     # In a thread of its own: an exception between the parts, such as Ctrl-C, would end the object there.
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(retrying, f"{path}: cannot be written", lambda: _upload(file, path)).result()
+        thread.submit(retrying, f"{path}: cannot be written", lambda: _upload(file, path), patience_s).result()
 
 
 def _upload(file: Path, path: StoredPath) -> None:
