@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.writer import append_event, atomic_write
+from .checkpoint.writer import PARTIAL_SUFFIX, append_event, atomic_write
+from .errors import StorageError
 from .recipe import JobRecipe
 from .retry import patiently
 from .storage import StoredLock, StoredPath, abort_unfinished, is_locked, locked, node_cache, upload
@@ -25,8 +28,11 @@ from .storage import StoredLock, StoredPath, abort_unfinished, is_locked, locked
 FORMAT = 2
 """Part of every digest: raised when a change of the code changes what an artifact means."""
 
-
 EVENTS_NAME = "events.jsonl"
+_EVENTS_TO_STORE_S = 60.0
+"""Between two copies of a stage's progress to an object store; whoever follows a job there sees it this often."""
+
+log = logging.getLogger(__name__)
 
 
 def digest_of(*parts: Any) -> str:
@@ -51,42 +57,67 @@ class Job:
         self.folder = recipe.job_path
         self.events = self.folder / EVENTS_NAME
         self._lock: StoredLock | None = None
+        self._events_stored_s = 0.0
 
     @contextmanager
     def locked(self) -> Iterator[Job]:
         """Holds the folder's lock. The kernel gives it back when the process dies, however it dies.
 
         What a lock in an object store promises stands in storage/lock.py. There the events are written on this node
-        and follow to the store when a stage ends.
+        and follow to the store now and then. What was written or uploaded in part, by earlier runs or by workers that
+        died in this one, is removed when it begins and ends.
 
         Raises:
             MoECompressError: another job works on the folder.
             RecipeError: it cannot be written or locked.
+            StorageError: the run went well, but its events did not reach the store.
         """
         with self._locked_store() if isinstance(self.folder, StoredPath) else locked(self.folder):
-            atomic_write(self.folder / self.recipe.file_name, self.recipe.to_yaml())
-            yield self
+            self._clear()
+            try:
+                atomic_write(self.folder / self.recipe.file_name, self.recipe.to_yaml())
+                yield self
+            finally:
+                self._clear()
 
     @contextmanager
     def _locked_store(self) -> Iterator[None]:
         assert isinstance(self.folder, StoredPath)
         self._lock, stored = StoredLock(self.folder / "lock"), self.folder / EVENTS_NAME
         with self._lock.held(), node_cache().new_folder() as here:
-            for folder in (self.folder, self.recipe.output_path):
-                if isinstance(folder, StoredPath):
-                    abort_unfinished(folder)
             self.events = here / EVENTS_NAME
             if stored.exists():
                 self.events.write_bytes(stored.read_bytes())
             try:
                 yield
+            except BaseException:
+                self._try_to_store_events()  # what ended the run is the error to tell of
+                raise
+            else:
+                self._store_events()
             finally:
-                self._upload_events()
                 self.events = stored
 
-    def _upload_events(self) -> None:
+    def _clear(self) -> None:
+        if not isinstance(self.folder, StoredPath):
+            for file in self.folder.rglob(f".*{PARTIAL_SUFFIX}"):
+                if file.is_file():
+                    file.unlink(missing_ok=True)
+        for folder in (self.folder, self.recipe.output_path):
+            if isinstance(folder, StoredPath) and not (self._lock is not None and self._lock.lost.is_set()):
+                abort_unfinished(folder)
+
+    def _store_events(self, patience_s: float | None = None) -> None:
         if isinstance(self.folder, StoredPath) and self.events.exists():
-            upload(self.events, self.folder / EVENTS_NAME)
+            self._events_stored_s = time.monotonic()
+            upload(self.events, self.folder / EVENTS_NAME, patience_s)
+
+    def _try_to_store_events(self, patience_s: float | None = None) -> None:
+        """No job ends because its events are late."""
+        try:
+            self._store_events(patience_s)
+        except StorageError as error:
+            log.warning("%s; the job goes on", error)
 
     def place(self, kind: str, *made_from: Any) -> Path:
         """The folder of one kind of artifact made from these things; it is created."""
@@ -113,8 +144,10 @@ class Job:
         if self._lock is not None:
             self._lock.check()
         patiently(lambda: append_event(self.events, name, **fields))
-        if name in ("stage_end", "progress"):
-            self._upload_events()
+        if name == "stage_end":
+            self._try_to_store_events()
+        elif name == "progress" and time.monotonic() - self._events_stored_s > _EVENTS_TO_STORE_S:
+            self._try_to_store_events(patience_s=0)
 
 
 def in_use(folder: Path) -> bool:

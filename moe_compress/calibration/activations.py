@@ -77,5 +77,10 @@ class ActivationStore:
 
     def _read(self, key: Hashable) -> Tensor:
         path, dtype, shape, device = self._disk[key]
-        raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8, shared=False)
-        return raw.clone().view(dtype).view(shape).to(device)
+        raw = torch.empty(shape, dtype=dtype)
+        patiently(self._fill, path, raw)
+        return raw.to(device)
+
+    def _fill(self, path: Path, raw: Tensor) -> None:
+        with path.open("rb") as file:
+            file.readinto(raw.view(torch.uint8).numpy().data)

@@ -141,8 +141,8 @@ class LayerWorker:
 
     def __init__(self, setup: CalibrationSetup) -> None:
         self.setup = setup
-        self.batches = list(TokenBatch.load(setup.tokens).batches(setup.batch_size))
-        skeleton = Skeleton(CheckpointReader(setup.checkpoint), setup.dtype, pick_device(setup.device))
+        self.batches = list(patiently(TokenBatch.load, setup.tokens).batches(setup.batch_size))
+        skeleton = Skeleton(patiently(CheckpointReader, setup.checkpoint), setup.dtype, pick_device(setup.device))
         self.skeleton = skeleton
         self.streamer = LayerStreamer(skeleton, self._inputs(0))
         self.forward_skeleton = skeleton if setup.below is None else self._open(setup.below)
@@ -295,7 +295,7 @@ class LayerWorker:
 
     def _open(self, below: Path) -> Skeleton:
         """The compressed model, of which only layers are ever loaded: what is around them is the original's."""
-        skeleton = Skeleton(CheckpointReader(below), self.skeleton.dtype, self.skeleton.device)
+        skeleton = Skeleton(patiently(CheckpointReader, below), self.skeleton.dtype, self.skeleton.device)
         use_tiled_products(skeleton.model)
         return skeleton
 

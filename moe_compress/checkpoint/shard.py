@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..errors import CheckpointError
+from ..retry import patiently
 from ..storage import StoredPath, local, open_ranges, prefetch, read_range
 
 BLOCK_BYTES = 8 * 2**20
@@ -92,14 +93,14 @@ class TensorEntry:
     def read(self) -> torch.Tensor:
         """Reads the tensor into fresh memory of exactly `num_bytes`.
 
-        Raises CheckpointError if the file is gone or shorter than its header said.
+        Raises CheckpointError if the file is gone or shorter than its header said, or cannot be read also after a
+        while.
         """
         if not self.num_bytes:
             return torch.empty(self.shape, dtype=self.torch_dtype)
         # numpy asks the kernel for huge pages where torch does not: twice as fast to fill.
         raw = np.empty(self.num_bytes, np.uint8)
-        for _ in self._fill(raw.data):
-            pass
+        patiently(lambda: deque(self._fill(raw.data), maxlen=0))
         return torch.from_numpy(raw).view(self.torch_dtype).reshape(self.shape)
 
     def blocks(self) -> Iterator[memoryview]:

@@ -89,6 +89,21 @@ def append_event(events: Path, name: str, **fields: Any) -> None:
         file.write(json.dumps({"time_s": round(time.time(), 3), "event": name, **fields}) + "\n")
 
 
+def parse_events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The events that lines hold.
+
+    Passed over is what is none: half a line of a run that was killed, and lines of several hosts that a network mount,
+    which appends for none of them in one go, has mixed up.
+    """
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            yield event
+
+
 def write_shard(
     path: Path,
     tensors: Mapping[str, torch.Tensor | TensorEntry],
@@ -136,11 +151,12 @@ def write_shard(
 def describe_shard(path: Path) -> ShardInfo:
     """The ShardInfo of a shard that is already there, linked or left by an earlier run.
 
-    Of one in an object store, its record is read if it has one.
+    If it has a record, that is read instead: what was written, whatever a disk has made of it since.
     """
     record = record_path(path)
-    if isinstance(path, StoredPath) and record.exists():
-        return ShardInfo(**json.loads(record.read_bytes()) | {"file_name": path.name})
+    if record.exists():
+        found = json.loads(record.read_bytes())
+        return ShardInfo(**found | {"tensor_names": tuple(found["tensor_names"])})
     entries = read_shard(path)
     tensor_bytes = sum(entry.num_bytes for entry in entries.values())
     sha256 = sha256_files([path])[path]
@@ -148,14 +164,13 @@ def describe_shard(path: Path) -> ShardInfo:
 
 
 def record_path(shard: Path) -> Path:
-    """Where what is known of a shard of a store is kept: reading it again would cost as much as writing it."""
+    """Where what is known of a shard is kept: reading it again would cost as much as writing it."""
     return shard.with_suffix(".json")
 
 
 def record_shard(path: Path, info: ShardInfo) -> None:
-    """Leaves a record of a shard in an object store beside it."""
-    if isinstance(path, StoredPath):
-        atomic_write(record_path(path), json.dumps(asdict(info)) + "\n")
+    """Leaves a record of a shard beside it."""
+    atomic_write(record_path(path), json.dumps(asdict(info)) + "\n")
 
 
 def save_index(folder: Path, shards: Iterable[ShardInfo]) -> None:

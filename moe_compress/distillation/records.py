@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.writer import append_event
+from ..checkpoint.writer import append_event, parse_events
 
 
 class StepRecords:
@@ -51,7 +50,7 @@ class EventsTail:
         self._place = path.stat().st_size if path.exists() else 0
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The whole lines since the last call."""
+        """The events of the whole lines since the last call."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:
@@ -60,4 +59,4 @@ class EventsTail:
                 if not line.endswith(b"\n"):
                     return
                 self._place += len(line)
-                yield json.loads(line)
+                yield from parse_events([line])

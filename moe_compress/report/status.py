@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..checkpoint.writer import parse_events
 from ..errors import RecipeError
 from ..job import in_use
 from ..recipe import Recipe, Training
@@ -108,7 +108,8 @@ def read_status(folder: Path) -> Status:
     if not any((folder / name).is_file() for name in (EVENTS_NAME, "lock")):
         raise RecipeError(f"job_dir: {folder} is no job folder: nothing has run there; give <output>.job")
     status = Status(str(folder))
-    for event in _events(folder / EVENTS_NAME):
+    events = folder / EVENTS_NAME
+    for event in parse_events(events.read_bytes().splitlines() if events.exists() else ()):
         _tell(status, event)
     if status.state == "running" and not in_use(folder):
         status.state = "stopped"
@@ -120,19 +121,6 @@ def read_status(folder: Path) -> Status:
         if current.left_s is not None:
             current.left_s = max(0.0, current.left_s - silent_s)
     return status
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of events; a run that was killed may have left half of one."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def _tell(status: Status, event: dict[str, Any]) -> None:

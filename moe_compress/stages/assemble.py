@@ -48,13 +48,12 @@ def assemble(prepared: Prepared, targets: list[Path], decision: Decision, report
         stored = isinstance(output, StoredPath)  # then they go from the job folder straight to the output
 
         def stage_shard(target: Path) -> ShardInfo:
-            if stored:
-                return describe_shard(target)
-            link_or_copy(target, staging / target.name)
-            return describe_shard(staging / target.name)
+            if not stored:
+                link_or_copy(target, staging / target.name)
+            return describe_shard(target)
 
         shards = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # their digests are most of the work
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             for shard in pool.map(stage_shard, targets):
                 shards.append(shard)
                 stage.advance()

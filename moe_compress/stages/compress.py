@@ -22,9 +22,12 @@ MERGES_NAME = "merges.parquet"
 
 
 def make_shard(unit: Callable[..., ShardInfo], *args: Any) -> ShardInfo:
-    """Runs the unit that writes a shard, its last argument, and leaves a record of one in an object store."""
-    info = describe_shard(args[-1]) if record_path(args[-1]).exists() else unit(*args)
-    record_shard(args[-1], info)
+    """Runs the unit that writes a shard, its last argument, and leaves a record of it, unless both are there."""
+    target = args[-1]
+    if record_path(target).exists() and target.exists():
+        return describe_shard(target)
+    info = unit(*args)
+    record_shard(target, info)
     return info
 
 

@@ -27,7 +27,7 @@ FOLDER_VARIABLE, LIMIT_VARIABLE = "MOE_COMPRESS_CACHE", "MOE_COMPRESS_CACHE_GB"
 
 _DEFAULT_GB = 64.0
 _LEFT_FREE = 0.05
-"""Fraction of the disk that the default limit leaves free."""
+"""Fraction of the disk that the default limit leaves free, beside what others have on it."""
 _KEPT_AFTER_EVICTION = 0.9
 """Eviction goes on down to this fraction of the limit, so that the folder is not searched for each file."""
 
@@ -208,8 +208,9 @@ def _open_cache(folder: Path, limit_gb: str | None) -> Cache:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if limit_gb is None:
-            room_bytes = shutil.disk_usage(folder).total * (1 - _LEFT_FREE)
-            return Cache(folder, int(min(_DEFAULT_GB * 10**9, room_bytes)))
+            cache, disk = Cache(folder, 0), shutil.disk_usage(folder)
+            room_bytes = cache.used_bytes + disk.free - disk.total * _LEFT_FREE
+            return Cache(folder, int(max(0, min(_DEFAULT_GB * 10**9, room_bytes))))
         return Cache(folder, int(_positive(limit_gb) * 10**9))
     except OSError as error:
         raise StorageError(

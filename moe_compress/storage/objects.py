@@ -20,7 +20,7 @@ from .stores import retrying
 _CHUNK_BYTES = 16 * 2**20
 _CHUNKS_UNDER_WAY = 4
 _COPY_LIMIT_BYTES = 5 * 10**9
-"""What S3 copies by itself in one request."""
+"""What S3 copies by itself in one request; what is larger passes through this node."""
 _WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
 
 
@@ -100,19 +100,21 @@ def writing(path: StoredPath, num_bytes: int) -> Iterator[BinaryIO]:
         cache.place(temporary, cache.name(_version(path, path.info())))
 
 
-def upload(file: Path, path: StoredPath) -> None:
+def upload(file: Path, path: StoredPath, patience_s: float | None = None) -> None:
     """Makes a local file an object: in one request, or in parts side by side; until the end it is not to be seen.
+
+    It is tried again as long as `retrying` does.
 
     Raises:
         StorageError: the store does not take it.
     """
     # In a thread of its own: an exception between the parts, such as Ctrl-C, would end the object there.
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(retrying, f"{path}: cannot be written", lambda: _upload(file, path)).result()
+        thread.submit(retrying, f"{path}: cannot be written", lambda: _upload(file, path), patience_s).result()
 
 
 def _upload(file: Path, path: StoredPath) -> None:
-    served, name = path.store
+    served, name = path.patient_store
     if served.type_name not in _WITHOUT_FOLDERS:
         served.create_dir(name.rpartition("/")[0], recursive=True)
     num_bytes = file.stat().st_size
@@ -128,13 +130,15 @@ def _upload(file: Path, path: StoredPath) -> None:
 
 
 def copy(source: Path, target: StoredPath) -> None:
-    """Makes `target` the same bytes as `source`; within one store nothing passes through this node.
+    """Makes `target` the same bytes as `source`; within one bucket the store copies by itself, up to 5 GB an object.
+
+    What is larger, or comes from elsewhere, passes through this node and its cache.
 
     Raises:
         StorageError: it cannot be copied.
     """
     if isinstance(source, StoredPath) and source.bucket == target.bucket:
-        (served, name), (_, target_name) = source.store, target.store
+        (served, name), (_, target_name) = source.patient_store, target.store
         if source.stat().st_size <= _COPY_LIMIT_BYTES:
             retrying(f"{target}: cannot be written", lambda: served.copy_file(name, target_name))
             return

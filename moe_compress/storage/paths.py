@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from pyarrow import fs as pafs
 
 from ..errors import StorageError
-from .stores import filesystem, retrying
+from .stores import filesystem, patient_filesystem, retrying
 
 _BUFFER_BYTES = 8 * 2**20
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/{1,2}(?!/)(.+)", re.DOTALL)
@@ -97,6 +97,11 @@ class StoredPath(PosixPath):
         """(filesystem, path in it)."""
         served, base = filesystem(self.bucket)
         return served, "/".join((base, *self.parts[3:]))
+
+    @property
+    def patient_store(self) -> tuple[pafs.FileSystem, str]:
+        """As `store`, for requests of long work in the store."""
+        return patient_filesystem(self.bucket), self.store[1]
 
     def info(self) -> pafs.FileInfo:
         """What the store says of the object or prefix; its type is NotFound where there is none."""

@@ -12,6 +12,7 @@ import errno
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from threading import Lock
 from typing import Any, BinaryIO
@@ -106,7 +107,8 @@ class _Source:
         if len(raw) != length or self._open()[1] != self.version:
             raise StorageError(errno.ESTALE, f"{self.path}: was replaced after it was opened; begin the job again")
         cache = node_cache()
-        cache.add(cache.name(self._name(number)), partial(_write, raw), length)
+        with suppress(OSError):  # a disk that is full keeps nothing, but the bytes are here
+            cache.add(cache.name(self._name(number)), partial(_write, raw), length)
         return raw
 
 

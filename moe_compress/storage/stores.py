@@ -20,6 +20,8 @@ PATIENCE_S = 60.0
 """How long a call is tried again; the store's client tries for some seconds in each of our attempts."""
 
 _PATIENCE_WITH_NAMES_S = 10.0
+_SILENCE_S = 300.0
+"""How long S3 may say nothing while it copies 5 GB or puts the parts of an upload together."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _FINAL = (
     *(
@@ -43,6 +45,22 @@ def filesystem(root: str) -> tuple[pafs.FileSystem, str]:
     """
     # The client may ask the bucket for its region.
     return retrying(f"{shown(root)}: cannot be reached", lambda: _client(root), _PATIENCE_WITH_NAMES_S)
+
+
+@lru_cache(maxsize=64)
+def patient_filesystem(root: str) -> pafs.FileSystem:
+    """The filesystem again, for requests that a store answers when it has done long work: _SILENCE_S instead of 3 s.
+
+    All else is better asked a second time after those 3 s. Addresses have no option for it.
+
+    Raises:
+        StorageError: nothing here serves it.
+    """
+    served, _ = filesystem(root)
+    if not isinstance(served, pafs.S3FileSystem):
+        return served
+    make, (options,) = served.__reduce__()
+    return make(options | {"request_timeout": _SILENCE_S})
 
 
 def _client(root: str) -> tuple[pafs.FileSystem, str]:

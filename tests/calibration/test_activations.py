@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,3 +45,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"cannot spill 40 bytes.*activation_memory_gb") as raised:
         ActivationStore(tmp_path / "file", 0).put(0, torch.zeros(10))
     assert "\n" not in str(raised.value)
+
+
+def test_a_disk_that_fails_for_a_while_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ActivationStore(tmp_path, 0)
+    store.put("a", torch.arange(3.0))
+    monkeypatch.setattr("moe_compress.retry.time.sleep", lambda seconds: None)
+    opened, failures = Path.open, [errno.EIO, errno.ESTALE]
+
+    def unsteady(*args: Any) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "trouble")
+        return opened(*args)
+
+    monkeypatch.setattr(Path, "open", unsteady)
+    assert store.pop("a").tolist() == [0, 1, 2]
+    assert not failures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -354,3 +355,19 @@ def test_unknown_model_is_refused(hub_cache: Path) -> None:
     with pytest.raises(CheckpointError, match="'owner/other': neither a local folder nor") as error:
         resolve_checkpoint("owner/other")
     assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_fails_for_a_while_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.arange(3.0)}, tmp_path / "s.safetensors")
+    entry = read_shard(tmp_path / "s.safetensors")["a"]
+    monkeypatch.setattr("moe_compress.retry.time.sleep", lambda seconds: None)
+    preadv, failures = os.preadv, [errno.EIO, errno.ESTALE]
+
+    def unsteady(*args: Any) -> int:
+        if failures:
+            raise OSError(failures.pop(), "trouble")
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", unsteady)
+    assert entry.read().tolist() == [0, 1, 2]
+    assert not failures

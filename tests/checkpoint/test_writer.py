@@ -31,7 +31,9 @@ from moe_compress.checkpoint import (
     write_shard,
 )
 from moe_compress.checkpoint.shard import BLOCK_BYTES, TORCH_DTYPES
+from moe_compress.checkpoint.writer import ShardInfo
 from moe_compress.errors import CheckpointError, CompressionError
+from moe_compress.stages.compress import make_shard
 
 NOT_FINITE = [
     (dtype, value)
@@ -284,3 +286,18 @@ def test_side_files_are_what_a_tokenizer_needs(tmp_path: Path) -> None:
         (source / name).write_text(name)
     assert copy_side_files(source, staging) == sorted(wanted)
     assert {path.name: path.read_text() for path in staging.iterdir()} == {n: n for n in wanted}
+
+
+def test_a_shard_is_known_by_its_record(tmp_path: Path) -> None:
+    target = tmp_path / "s.safetensors"
+
+    def unit(made: Path) -> ShardInfo:
+        return write_shard(made, {"a": torch.ones(3)})
+
+    written = make_shard(unit, target)
+    raw = target.read_bytes()
+    target.write_bytes(raw[:-1] + b"?")  # rotten, which a digest of what is there now would hide
+    assert make_shard(lambda made: pytest.fail("made again"), target) == describe_shard(target) == written
+    target.unlink()
+    assert make_shard(unit, target) == written
+    assert target.read_bytes() == raw

@@ -43,3 +43,11 @@ def test_the_tail_gives_whole_lines_once(tmp_path: Path) -> None:
         file.write('"b"}\n')
     assert [line["event"] for line in tail.read()] == ["b"]
     assert not list(tail.read())
+
+
+def test_lines_that_were_torn_are_passed_over(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    tail = EventsTail(events)
+    torn = b'{"time_s": 1, "event": "st{"time_s": 2, "event": "b"}\nep"}\n3\n\xff\x00\n'
+    events.write_bytes(b'{"event": "a"}\n' + torn + b'{"event": "c"}\n')
+    assert [line["event"] for line in tail.read()] == ["a", "c"]

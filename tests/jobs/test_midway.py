@@ -157,3 +157,13 @@ def test_debug_shows_the_traceback_and_the_line(place: str, capfd: pytest.Captur
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
     assert capfd.readouterr().out == f"{__version__}\n"
+
+
+def test_what_killed_workers_left_is_removed(recipe: Path) -> None:
+    job = Job(load_recipe(recipe))
+    left = job.place("statistics") / f".x{writer.PARTIAL_SUFFIX}"
+    left.touch()
+    with job.locked():
+        assert not left.exists()
+        left.touch()
+    assert not left.exists()

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import pytest
@@ -137,3 +138,12 @@ def test_scratch_stays_on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert later.is_relative_to(tmp_path / "cache")
     assert not earlier.exists()
     assert os.path.samefile(later.parents[1], tmp_path / "cache" / "scratch")
+
+
+def test_the_default_limit_is_what_others_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_COMPRESS_CACHE_GB", raising=False)
+    for name, free, limit in (("a", 10 * 10**9, 5 * 10**9), ("b", 10**9, 0), ("c", 10**12, 64 * 10**9)):
+        usage = SimpleNamespace(total=100 * 10**9, free=free)
+        monkeypatch.setattr("moe_compress.storage.cache.shutil.disk_usage", lambda folder, usage=usage: usage)
+        monkeypatch.setenv("MOE_COMPRESS_CACHE", str(tmp_path / name))
+        assert node_cache().limit_bytes == limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,25 @@ def test_there_and_back(store: Store, large: Path) -> None:
     assert store.fetched() == 0  # the store copies by itself
     with local(store.path("copy")) as here:
         assert here.read_bytes() == large.read_bytes()
+
+
+def test_a_store_that_copies_in_silence(store: Store, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's own timeout is 3 s; what it ended would be asked for again, and ended again."""
+    monkeypatch.setattr("moe_compress.storage.stores.PATIENCE_S", 0.1)
+    begun: list[tuple[str, str]] = []
+
+    def think(method: str, key: str, query: str) -> int | None:
+        copies, completes = method == "PUT" and key.endswith("/copy"), method == "POST" and "uploadId" in query
+        if copies or completes:
+            begun.append((method, key))
+            time.sleep(4)
+        return None
+
+    store.before = think
+    upload(large, store.path("large"))
+    copy(store.path("large"), store.path("copy"))
+    assert begun == [("POST", "bucket/large"), ("PUT", "bucket/copy")]
+    assert store.path("copy").stat().st_size == large.stat().st_size
 
 
 def test_what_fsspec_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

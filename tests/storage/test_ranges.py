@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from safetensors.torch import save_file
 
 from moe_compress.checkpoint.reader import CheckpointReader, content_digest, resolve_checkpoint
 from moe_compress.errors import CheckpointError, StorageError
-from moe_compress.storage import BLOCK_BYTES, open_ranges, read_range
+from moe_compress.storage import BLOCK_BYTES, node_cache, open_ranges, read_range
+from moe_compress.storage.ranges import _source
 
 from .conftest import Store
 
@@ -142,3 +145,23 @@ def test_missing_folder_and_bucket(store: Store) -> None:
     with pytest.raises((CheckpointError, StorageError), match="s3://nowhere/model"):
         resolve_checkpoint(store.address("model").replace("bucket", "nowhere"))
     assert os.environ["AWS_ACCESS_KEY_ID"]
+
+
+def test_a_full_disk_keeps_nothing_and_ends_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"bytes")
+    store.put(tmp_path / "file", "file")
+
+    def full(raw: bytes, file: BinaryIO) -> None:
+        file.write(raw[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moe_compress.storage.ranges._write", full)
+    path = store.path("file")
+    buffer = bytearray(open_ranges(path))
+    for _ in range(2):
+        assert read_range(path, memoryview(buffer), 0) == 5
+        assert buffer == b"bytes"
+    assert node_cache().open(node_cache().name(_source(path)._name(0))) is None
+    assert not list((node_cache().folder / "new").iterdir())
