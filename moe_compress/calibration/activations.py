@@ -83,4 +83,8 @@ class ActivationStore:
 
     def _fill(self, path: Path, raw: Tensor) -> None:
         with path.open("rb") as file:
-            file.readinto(raw.view(torch.uint8).numpy().data)
+            if file.readinto(raw.view(torch.uint8).numpy().data) != raw.nbytes:
+                raise CalibrationError(
+                    f"{path}: spilled activations are shorter than they were written; check the disk and run the job"
+                    " again"
+                )

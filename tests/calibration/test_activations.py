@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,12 @@ def test_a_disk_that_fails_for_a_while_is_read_again(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "open", unsteady)
     assert store.pop("a").tolist() == [0, 1, 2]
     assert not failures
+
+
+def test_a_file_that_lost_its_end_is_not_read(tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, 0)
+    store.put("a", torch.arange(3.0))
+    (file,) = tmp_path.iterdir()
+    os.truncate(file, 8)
+    with pytest.raises(CalibrationError, match="shorter than they were written"):
+        store.get("a")
