@@ -13,12 +13,14 @@ from ray import exceptions as rex
 from rich.console import Console
 
 from cluster import pool, units
+from cluster.executor import RayExecutor
 from cluster.placement import Needs, pause_s
 from cluster.pool import MAX_BAD_STARTS, RayPool
 from cluster.units import MAX_DEATHS, MAX_NODE_DEATHS, Units
-from moe_compress.errors import CalibrationError, CompressionError, StorageError
+from moe_compress.errors import CalibrationError, CompressionError, RecipeError, StorageError
 from moe_compress.executor import Alone, Joined
 from moe_compress.progress import Reporter
+from moe_compress.recipe import Cluster
 
 REFUSED = StorageError(errno.EIO, "s3://bucket/x: no such host")
 Answers = list[Any]
@@ -145,3 +147,26 @@ def test_nothing_starts_anywhere(answering: Callable[[Answers], FakeRay], monkey
     workers = RayPool(setup, 1, Needs(1), "spread", lambda text: None, tend=lambda: None)
     with pytest.raises(CalibrationError, match=f"{MAX_BAD_STARTS + 1} layer workers in a row died as they started"):
         workers.wait()
+
+
+@pytest.mark.parametrize(
+    ("device", "address", "gpus", "needed"),
+    [("cuda", "head:6379", 0, 1), ("auto", "head:6379", 0, 0), ("auto", None, 2, 1), ("cpu", None, 2, 0)],
+)
+def test_gpus_are_asked_for(
+    device: str, address: str | None, gpus: int, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = executor_of(Cluster(device=device, address=address), gpus, monkeypatch)
+    assert executor._needs.num_gpus == needed
+
+
+def test_a_gpu_that_this_machine_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"^cluster.device: cuda, and Ray finds no GPU here; .* set cpu$"):
+        executor_of(Cluster(device="cuda"), 0, monkeypatch)
+
+
+def executor_of(settings: Cluster, gpus: int, monkeypatch: pytest.MonkeyPatch) -> RayExecutor:
+    """Where Ray knows of so many GPUs."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    return RayExecutor(settings, Reporter(None, Console(quiet=True)))
