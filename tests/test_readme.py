@@ -135,5 +135,8 @@ def test_files_that_are_named_are_there() -> None:
     paths = re.findall(r"`((?:\w+/)+\w*(?:\.py)?|\w+\.py)`", README)
     assert len(links) > 1
     assert len(paths) > 5
-    for path in (*links, *paths):
-        assert (ROOT / path).exists() or (ROOT / "moe_compress" / path).exists(), path
+    for link in (*links, *paths):
+        path, _, heading = link.partition("#")
+        assert (ROOT / path).exists() or (ROOT / "moe_compress" / path).exists(), link
+        titles = re.findall(r"^#+ (.+)", (ROOT / path).read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [title.lower().replace(" ", "-") for title in titles], link
