@@ -30,6 +30,7 @@ def cluster_of(num_nodes: int, cpus: int = 1, **options: Any) -> Iterator[Any]:
     """A head without CPUs and nodes beside it; this process is connected to it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_health_check_period_ms", "500")  # five missed, and a node is dead
         import ray
         from ray.cluster_utils import Cluster
 
