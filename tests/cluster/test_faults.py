@@ -95,9 +95,16 @@ def test_a_full_object_store_spills(cluster: Any, tmp_path: Path, model: Path, t
 
     fill = ray.remote(scheduling_strategy="SPREAD", num_cpus=1)(lambda: np.zeros(30 * 2**20, np.uint8))
     filled = [fill.remote() for _ in range(14)]  # more than all nodes have room for
-    ray.wait(filled, num_returns=len(filled), timeout=60, fetch_local=False)
+    _, unmade = ray.wait(filled, num_returns=len(filled), timeout=60, fetch_local=False)
+    assert not unmade
+
+    def is_on_disk() -> bool:
+        """Ray says so in two ways: a node whose spilling has yet to start puts objects on a file system at once."""
+        said = memory_summary(address=cluster.address, stats_only=True)
+        return "Spilled" in said or "filesystem mmap" in said
+
+    wait_until(is_on_disk)
     assert Run(tmp_path, model, text, layer_workers=2).go() == wanted
-    wait_until(lambda: "Spilled" in memory_summary(address=cluster.address, stats_only=True))
 
 
 def test_a_slow_worker_is_waited_for(cluster: Any, tmp_path: Path, model: Path, text: Path, wanted: Hashes) -> None:
