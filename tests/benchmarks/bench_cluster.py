@@ -1,6 +1,7 @@
 """Wall time of calibration and factorisation by number of nodes, one thread and one core a worker, beside this process.
 
-    python -m tests.benchmarks.bench_cluster [--workers 1 2 4] [--layers 8] [--sequences 32] [--repeats 1]
+    python -m tests.benchmarks.bench_cluster [--workers 1 2 4] [--layers 8] [--sequences 32] [--batch 8]
+        [--repeats 1]
 
 Each row is a fresh job on nodes of a `ray.cluster_utils.Cluster` with one CPU each and a head without any; starting
 those is not counted, starting workers is. `processor` is the processor time of all processes that work, the driver
@@ -79,13 +80,13 @@ class ProcessorTime:
                 return
 
 
-def run(folder: Path, model: Path, text: Path, sequences: int, cluster: dict[str, Any]) -> Figures:
+def run(folder: Path, model: Path, text: Path, sequences: int, batch: int, cluster: dict[str, Any]) -> Figures:
     """One job, as far as its shards."""
     recipe = parse_recipe(
         {
             "model": str(model),
             "output": str(folder / "out"),
-            "calibration": {"text": str(text), "num_sequences": sequences, "sequence_length": 256, "batch_size": 2},
+            "calibration": {"text": str(text), "num_sequences": sequences, "sequence_length": 256, "batch_size": batch},
             "method": {"name": "d2moe", "ratio": 0.5},
             "cluster": cluster,
         }
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a micro-batch")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     table = Table(title="calibration and factorisation")
@@ -131,7 +133,7 @@ def main() -> None:
         def measure(label: str, cluster: dict[str, Any]) -> None:
             nonlocal first
             folder = Path(tempfile.mkdtemp(dir=root))
-            figures = run(folder, root / "model", root / "text.txt", options.sequences, cluster)
+            figures = run(folder, root / "model", root / "text.txt", options.sequences, options.batch, cluster)
             first = first or figures
             row = [f"{figures.wall_s:.1f}", f"{figures.processor_s:.1f}", f"{figures.wall_s / first.wall_s:.2f}"]
             same = "same" if figures.shards == first.shards else "DIFFERENT"
